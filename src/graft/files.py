@@ -1,0 +1,185 @@
+"""Every byte that graft keeps goes through here: atomic writes, digests, safe paths.
+
+A file or directory written here exists whole under its final name or not at all, also after a kill -9 or a
+full disk: it is written beside its place, flushed to the disk, then renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from graft.errors import StorageError
+
+PARTIAL = ".partial"
+"""Marks names that are being written; whatever carries it may be deleted."""
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file so that it is either the old one or the new one, never a part.
+
+    Args:
+        path: Where to write; the directory must exist.
+        data: The whole content.
+
+    Raises:
+        StorageError: The disk is full or the place cannot be written; the old file is untouched.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise _storage_error(error, path, len(data)) from error
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 text file atomically; see `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write a JSON file atomically, keys in the order given, non-finite numbers refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        StorageError: The file is missing, unreadable or not JSON; the message has the line.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StorageError(f"not a JSON file: {error}", where=str(path), fix="restore or remove it") from error
+    except OSError as error:
+        raise StorageError(f"cannot be read: {error.strerror}", where=str(path), fix="check the path") from error
+
+
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+    """Fill a directory under a partial name and give it its final name at the end.
+
+    Args:
+        path: The final name.
+        replace: Whether an existing directory of that name is replaced (swapped by two renames).
+
+    Yields:
+        The partial directory to write into.
+
+    Raises:
+        StorageError: The name exists and `replace` is not set, or the disk refused; nothing is left behind.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    if path.exists() and not replace:
+        raise StorageError("already exists", where=str(path), fix="choose another name or remove it")
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        yield partial
+        sync_tree(partial)
+        _publish(partial, path)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, StorageError):
+            raise
+        raise _storage_error(error, path, None) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _publish(partial: Path, path: Path) -> None:
+    old = path.with_name(f".{path.name}.{os.getpid()}.old{PARTIAL}")
+    if path.exists():
+        os.rename(path, old)
+    os.rename(partial, path)
+    sync_directory(path.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def remove_partials(directory: str | os.PathLike[str]) -> list[Path]:
+    """Delete what interrupted writes left in a directory; return what was deleted."""
+    found = sorted(Path(directory).glob(f".*{PARTIAL}"))
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return found
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory's entries to the disk, so that a rename survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(path: Path) -> None:
+    """Flush every file and directory below `path` to the disk."""
+    for root, _, names in os.walk(path):
+        for name in names:
+            handle = os.open(os.path.join(root, name), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        sync_directory(Path(root))
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Digest of a file's content, as 64 hex digits."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise StorageError(f"cannot be read: {error.strerror}", where=str(path), fix="check the path") from error
+    return digest.hexdigest()
+
+
+def safe_join(root: str | os.PathLike[str], name: str) -> Path:
+    """Join a name found in a file to a directory, refusing names that would leave it.
+
+    Raises:
+        StorageError: The name is absolute, has `..`, or leads outside `root` through a link.
+    """
+    base = Path(root).resolve()
+    path = (base / name).resolve()
+    if not path.is_relative_to(base):
+        raise StorageError(
+            f"the name {name!r} leads outside its directory", where=str(base), fix="the file that names it is damaged"
+        )
+    return path
+
+
+def _storage_error(error: OSError, path: Path, size: int | None) -> StorageError:
+    needed = "" if size is None else f"; {size:,} bytes were needed"
+    try:
+        free = f"; {shutil.disk_usage(path.parent).free:,} bytes are free there"
+    except OSError:
+        free = ""
+    return StorageError(
+        f"cannot be written: {error.strerror or error}{needed}{free}",
+        where=str(path),
+        fix="free some space, or choose a place that you may write to; nothing that was there is lost",
+    )
