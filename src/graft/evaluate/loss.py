@@ -1,0 +1,145 @@
+"""The loss of a language model: cross-entropy over the labelled tokens, in fp32, without ever holding all logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from graft.data.loader import Batch
+from graft.errors import DataError
+from graft.models.families import head, hidden_states
+
+IGNORED = -100
+"""Label of a token that is not trained."""
+
+CHUNK_LOGITS = 1 << 24
+"""Logits held at a time: 64 MiB in fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossReport:
+    """What a model loses on a data set."""
+
+    loss: float
+    """Mean cross-entropy per labelled token, in nats."""
+    perplexity: float
+    """exp(loss)."""
+    num_tokens: int
+    """Labelled tokens that were counted."""
+
+
+def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    """Sum the cross-entropy of a batch over its labelled tokens.
+
+    The token labelled at position t+1 is predicted from the hidden state at position t. Only those positions
+    go through the output head.
+
+    Args:
+        model: A causal language model of transformers, with or without adapters.
+        batch: input_ids, position_ids and labels, each (rows, tokens).
+
+    Returns:
+        The sum in nats (fp32 scalar, differentiable) and the number of labelled tokens.
+    """
+    losses, _ = labelled_losses(model, batch.input_ids, batch.position_ids, batch.labels)
+    return losses.sum(), losses.numel()
+
+
+def labelled_losses(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each labelled token, and the row that it stands in.
+
+    Args:
+        model: A causal language model of transformers.
+        input_ids: (rows, tokens).
+        position_ids: (rows, tokens), starting at 0 again where a document starts.
+        labels: (rows, tokens); `labels[i]` is `input_ids[i]` or -100.
+
+    Returns:
+        Losses in nats (labelled,) fp32 in reading order, and their row numbers (labelled,).
+    """
+    hidden = hidden_states(model, input_ids, position_ids)
+    targets = labels[:, 1:]
+    kept = targets != IGNORED
+    rows = kept.nonzero()[:, 0]
+    return head_losses(model, hidden[:, :-1][kept], targets[kept]), rows
+
+
+def head_losses(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each target given the hidden state that predicts it.
+
+    The logits are made in chunks of at most `CHUNK_LOGITS` and made again in the backward pass, so memory does
+    not grow with tokens times vocabulary. What fits in one chunk is kept.
+
+    Args:
+        model: A causal language model of transformers.
+        hidden: (tokens, hidden size), the final-normed decoder output.
+        targets: (tokens,) token ids.
+
+    Returns:
+        Losses in nats, (tokens,) fp32.
+    """
+    config: Any = model.config
+    size = max(1, CHUNK_LOGITS // config.get_text_config().vocab_size)
+    if len(targets) <= size:
+        return _chunk_losses(model, hidden, targets)
+    recompute = torch.is_grad_enabled()
+    parts = [
+        checkpoint(_chunk_losses, model, part, goal, use_reentrant=False)
+        if recompute
+        else _chunk_losses(model, part, goal)
+        for part, goal in zip(hidden.split(size), targets.split(size), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _chunk_losses(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(head(model, hidden).float(), targets, reduction="none")
+
+
+def evaluate_loss(model: nn.Module, batches: Iterable[Batch]) -> LossReport:
+    """Mean loss of a model over batches, every labelled token weighing the same.
+
+    The model is put in eval mode (no dropout) for the time of the call.
+
+    Args:
+        model: A causal language model of transformers.
+        batches: For instance `loader.epoch(0)` of a loader that does not shuffle.
+
+    Returns:
+        The loss, its perplexity and the number of tokens.
+
+    Raises:
+        DataError: The batches hold no labelled token.
+    """
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                losses, _ = labelled_losses(
+                    model, batch.input_ids.to(device), batch.position_ids.to(device), batch.labels.to(device)
+                )
+                total += float(losses.double().sum())
+                count += losses.numel()
+    finally:
+        model.train(was_training)
+    if count == 0:
+        raise DataError("no labelled token to evaluate on", fix="check the data with `graft data check`")
+    mean = total / count
+    return LossReport(loss=mean, perplexity=perplexity(mean), num_tokens=count)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 709 else math.inf
