@@ -1,0 +1,118 @@
+"""The one view that adapters have of a base layer, whatever stores its weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+
+Kind = Literal["linear", "conv1d", "embedding"]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class BaseLayer:
+    """A layer of the base model seen as one matrix `(out_features, in_features)`.
+
+    Build it with `BaseLayer.of`. An adapter never asks which quantizer or which layout is below.
+    """
+
+    module: nn.Module
+    """The layer itself; calling it gives the base output."""
+
+    kind: Kind
+    """linear (dense or quantized), conv1d (GPT-2's transposed linear) or embedding."""
+
+    in_features: int
+    """Length of the input vector; the number of rows of an embedding."""
+
+    out_features: int
+    """Length of the output vector; the dimension of an embedding."""
+
+    quantized: bool
+    """Whether the weight is stored in codes and cannot be replaced in place."""
+
+    @staticmethod
+    def of(module: nn.Module) -> BaseLayer | None:
+        """View a module as a base layer.
+
+        Args:
+            module: `nn.Linear`, transformers' `Conv1D`, `nn.Embedding`, graft's `QuantizedLinear`.
+
+        Returns:
+            The view, or None for any other module and for linears packed by another library.
+        """
+        # Imported on use: the view alone must not pull in transformers or the kernels.
+        from transformers.pytorch_utils import Conv1D
+
+        try:
+            from graft.quant.linear import QuantizedLinear
+        except ImportError:
+            QuantizedLinear = ()
+        if isinstance(module, QuantizedLinear):
+            return BaseLayer(module, "linear", module.in_features, module.out_features, quantized=True)
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+            return None
+        rows, columns = weight.shape
+        if isinstance(module, nn.Linear) and (rows, columns) == (module.out_features, module.in_features):
+            return BaseLayer(module, "linear", columns, rows, quantized=False)
+        if isinstance(module, Conv1D):
+            return BaseLayer(module, "conv1d", rows, columns, quantized=False)
+        if isinstance(module, nn.Embedding):
+            return BaseLayer(module, "embedding", rows, columns, quantized=False)
+        return None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias `(out_features,)`, or None."""
+        bias = getattr(self.module, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stored weight lives."""
+        return next(tensor.device for tensor in (*self.module.parameters(), *self.module.buffers()))
+
+    @property
+    def output_scale(self) -> float:
+        """What the layer multiplies its output by: Gemma 3 scales its embedding, everything else has 1."""
+        return float(getattr(self.module, "scalar_embed_scale", 1.0))
+
+    def dense_weight(self, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """The weight as `(out_features, in_features)`, without gradient.
+
+        Args:
+            dtype: What to return; None keeps the dtype that the layer computes in.
+
+        Returns:
+            The dense weight; it may share memory with the layer, so do not write to it.
+
+        Cost: a quantized weight is decoded on every call, a conv1d weight is a transposed view.
+        """
+        if self.quantized:
+            weight: Tensor = self.module.dense_weight(dtype)  # type: ignore[operator]
+            return weight.detach()
+        weight = self._weight.detach()
+        if self.kind != "linear":
+            weight = weight.t()
+        return weight if dtype is None else weight.to(dtype)
+
+    def replace_weight(self, weight: Tensor) -> None:
+        """Write a weight back in place, in the module's own layout and dtype; tied weights stay tied.
+
+        Args:
+            weight: `(out_features, in_features)`, any floating dtype.
+        """
+        assert not self.quantized, "a quantized weight is written by quantizing a new layer"
+        assert weight.shape == (self.out_features, self.in_features), tuple(weight.shape)
+        with torch.no_grad():
+            self._weight.copy_(weight if self.kind == "linear" else weight.t())
+
+    @property
+    def _weight(self) -> Tensor:
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
