@@ -1,0 +1,440 @@
+"""From YAML, flags and --set to frozen dataclasses, with every problem told at once.
+
+A configuration is a tree of sections. Each leaf remembers where it came from (file and line, or flag), so
+that an error can point there. Names of other tools are accepted and answered with ours (`ALIASES`). What the
+sections mean is not known here: each room keeps the dataclass of what it configures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from graft.errors import ConfigError
+
+T = TypeVar("T")
+
+ALIASES: dict[str, str] = {
+    "model_name_or_path": "model.name",
+    "model_name": "model.name",
+    "base_model": "model.name",
+    "torch_dtype": "model.dtype",
+    "r": "adapter.rank",
+    "lora_r": "adapter.rank",
+    "lora_rank": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target": "adapter.target_modules",
+    "lora_target_modules": "adapter.target_modules",
+    "layers_to_transform": "adapter.layers",
+    "bnb_4bit_quant_type": "quantization.quant_type",
+    "bnb_4bit_use_double_quant": "quantization.double_quant",
+    "use_bnb_nested_quant": "quantization.double_quant",
+    "train_file": "data.train",
+    "dataset": "data.train",
+    "validation_file": "data.eval",
+    "eval_file": "data.eval",
+    "eval_dataset": "data.eval",
+    "cutoff_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "sample_packing": "data.packing",
+    "lr": "training.learning_rate",
+    "per_device_train_batch_size": "training.batch_size",
+    "micro_batch_size": "training.batch_size",
+    "num_train_epochs": "training.num_epochs",
+    "epochs": "training.num_epochs",
+    "iters": "training.max_steps",
+    "grad_accum": "training.gradient_accumulation_steps",
+    "lr_scheduler_type": "training.lr_scheduler",
+    "load_best_model_at_end": "training.load_best_at_end",
+    "save_total_limit": "training.keep_checkpoints",
+    "logging_steps": "training.log_steps",
+    "steps_per_eval": "training.eval_steps",
+    "output_dir": "output",
+}
+"""Names that other tools use for a field, by the path that graft uses."""
+
+SWITCHES: dict[str, dict[Any, tuple[str, Any]]] = {
+    "load_in_4bit": {True: ("quantization.quant_type", "nf4"), False: ("quantization", None)},
+    "train_on_inputs": {True: ("data.loss_on", "all"), False: ("data.loss_on", "completion")},
+    "mask_prompt": {True: ("data.loss_on", "completion"), False: ("data.loss_on", "all")},
+    "completion_only_loss": {True: ("data.loss_on", "completion"), False: ("data.loss_on", "all")},
+    "assistant_only_loss": {True: ("data.loss_on", "completion"), False: ("data.loss_on", "all")},
+}
+"""Switches of other tools whose value decides both our field and its value."""
+
+
+@dataclasses.dataclass
+class Settings:
+    """Values by dotted path, each with its origin.
+
+    Attributes:
+        values: "training.batch_size" -> 8.
+        origins: "training.batch_size" -> "run.yaml line 14" or "--batch-size".
+        notes: What was read under another name, for the user to see.
+        problems: What is wrong so far; raised together by `build`.
+    """
+
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    origins: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    problems: list[ConfigError] = dataclasses.field(default_factory=list)
+
+    def put(self, path: str, value: Any, origin: str) -> None:
+        """Set one value; a foreign name becomes ours and leaves a note.
+
+        A name in `ALIASES` is understood alone or inside a section ("adapter.lora_alpha").
+        """
+        leaf = path.rsplit(".", 1)[-1]
+        if leaf in SWITCHES and _as_bool(value) is not None:
+            ours, value = SWITCHES[leaf][_as_bool(value)]
+            self.notes.append(f"{path} ({origin}) is {ours} here; set to {value!r}")
+            path = ours
+        elif leaf in ALIASES and (path == leaf or path.split(".")[0] == ALIASES[leaf].split(".")[0]):
+            self.notes.append(f"{path} ({origin}) is {ALIASES[leaf]} here")
+            path = ALIASES[leaf]
+        if path in self.values and self.origins[path] == origin:
+            self.problems.append(ConfigError(f"{path} is given twice", where=origin, fix="keep one of them"))
+        self.values[path] = value
+        self.origins[path] = origin
+
+    def update(self, other: Settings) -> None:
+        """Lay other settings over these; later ones win."""
+        for path in other.values:
+            for known in [known for known in self.values if known.startswith(path + ".")]:
+                del self.values[known]
+            for section in _parents(path):
+                if self.values.get(section) is None:
+                    self.values.pop(section, None)
+        self.values.update(other.values)
+        self.origins.update(other.origins)
+        self.notes += other.notes
+        self.problems += other.problems
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """The name most like `name`, or "" where none is near."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return found[0] if found else ""
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A fix for an unknown name: the closest one, or the list."""
+    names = sorted(names)
+    near = closest(name, names)
+    return f"did you mean {near!r}?" if near else f"one of: {', '.join(names)}"
+
+
+def read_yaml(path: str | os.PathLike[str]) -> Settings:
+    """Read a YAML file into settings.
+
+    Args:
+        path: The file. Only plain data: no tags, no aliases (an alias can make a small file explode).
+
+    Raises:
+        ConfigError: Missing file, bad syntax, a duplicate key, a tag or an alias; with the line.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise ConfigError("no such file", where=str(path), fix=did_you_mean(path.name, siblings)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read: {error}", where=str(path), fix="check the file") from error
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ConfigError(
+                    f"the alias *{event.anchor} is not accepted",
+                    where=f"{path} line {event.start_mark.line + 1}",
+                    fix="write the value out",
+                )
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1} column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(
+            f"not YAML: {problem}", where=f"{path}{line}", fix="mend the syntax there"
+        ) from error
+    settings = Settings()
+    if root is not None:
+        _walk(root, "", path.name, settings)
+    return settings
+
+
+def _walk(node: Any, path: str, file: str, settings: Settings) -> None:
+    import yaml
+
+    where = f"{file} line {node.start_mark.line + 1}"
+    if not isinstance(node, yaml.MappingNode):
+        loader = yaml.SafeLoader("")
+        try:
+            value = loader.construct_object(node, deep=True)
+        except yaml.constructor.ConstructorError as error:
+            settings.problems.append(
+                ConfigError(f"{path or 'the file'}: {error.problem}", where=where, fix="use plain values")
+            )
+            return
+        if not path:
+            settings.problems.append(
+                ConfigError(
+                    f"a mapping is needed, not {value!r}", where=where, fix="see `graft train --help`"
+                )
+            )
+            return
+        settings.put(path, value, where)
+        return
+    seen: set[str] = set()
+    if path and not node.value:
+        settings.put(path, {}, where)
+    for key_node, value_node in node.value:
+        key = str(key_node.value)
+        if key in seen:
+            line = f"{file} line {key_node.start_mark.line + 1}"
+            settings.problems.append(
+                ConfigError(f"{key!r} is given twice", where=line, fix="keep one of them")
+            )
+        seen.add(key)
+        _walk(value_node, f"{path}.{key}" if path else key, file, settings)
+
+
+def read_assignments(assignments: Iterable[str]) -> Settings:
+    """Read `--set section.key=value` words; values are read as YAML.
+
+    Raises:
+        ConfigError: A word without `=`, or a value that is not YAML.
+    """
+    import yaml
+
+    settings = Settings()
+    for word in assignments:
+        path, equals, text = word.partition("=")
+        if not equals or not path:
+            raise ConfigError(
+                f"{word!r} is not section.key=value", where="--set", fix="--set training.seed=1"
+            )
+        try:
+            value = yaml.safe_load(text) if text else None
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"{text!r} is not a YAML value", where=f"--set {path}", fix="quote it"
+            ) from error
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                settings.put(f"{path}.{key}", inner, f"--set {path}")
+        else:
+            settings.put(path, value, f"--set {path}")
+    return settings
+
+
+def build(cls: type[T], settings: Settings) -> T:
+    """Make a configuration dataclass from settings.
+
+    Args:
+        cls: A frozen dataclass whose fields are plain values or other such dataclasses (sections).
+        settings: Values by dotted path.
+
+    Returns:
+        The dataclass, with nested sections built; sections that were not given take their defaults.
+
+    Raises:
+        ConfigError: Unknown names, wrong types, values out of range: all of them in one error.
+    """
+    problems = list(settings.problems)
+    tree = _nest(settings, cls, problems)
+    value = _construct(cls, tree, "", settings, problems)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise ConfigError(f"{len(problems)} problems in the configuration", problems=problems)
+    assert value is not None
+    return value
+
+
+def _nest(settings: Settings, cls: type, problems: list[ConfigError]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in settings.values.items():
+        names, kind, node = path.split("."), cls, tree
+        for depth, name in enumerate(names):
+            fields = _field_types(kind)
+            if name not in fields:
+                problems.append(_unknown(path, ".".join(names[:depth]), name, fields, settings))
+                break
+            section = _section(fields[name])
+            if depth == len(names) - 1:
+                if isinstance(value, dict) and section is None:
+                    problems.append(
+                        ConfigError(f"{path} takes a value, not a section", where=settings.origins[path])
+                    )
+                    break
+                node[name] = value
+            elif section is None:
+                where = settings.origins[path]
+                problems.append(ConfigError(f"{'.'.join(names[: depth + 1])} is not a section", where=where))
+                break
+            else:
+                inner = node.get(name)
+                node[name] = inner if isinstance(inner, dict) else _shorthand(section, inner)
+                node, kind = node[name], section
+    return tree
+
+
+def _shorthand(section: type, value: Any) -> dict[str, Any]:
+    """A section may be written as one word for its field of that role (`quantization: nf4`)."""
+    name = getattr(section, "SHORTHAND", None)
+    return {name: value} if name and isinstance(value, str) else {}
+
+
+def _construct(
+    cls: type[T], tree: dict[str, Any], path: str, settings: Settings, problems: list[ConfigError]
+) -> T | None:
+    import pydantic
+
+    values, fields, before = {}, _field_types(cls), len(problems)
+    for name, value in tree.items():
+        full = f"{path}.{name}" if path else name
+        section = _section(fields[name])
+        if section is not None and isinstance(value, str) and getattr(section, "SHORTHAND", None):
+            value = _shorthand(section, value)
+        if section is not None and isinstance(value, dict):
+            values[name] = _construct(section, value, full, settings, problems)
+            continue
+        try:
+            values[name] = pydantic.TypeAdapter(fields[name]).validate_python(_untext(value, fields[name]))
+        except pydantic.ValidationError as error:
+            told = "; ".join(sorted({item["msg"] for item in error.errors()}))
+            problems.append(
+                ConfigError(
+                    f"{full} = {value!r}: {told[0].lower()}{told[1:]}",
+                    where=settings.origins.get(full, full),
+                    fix=f"{full} takes {describe_type(fields[name])}",
+                )
+            )
+    if len(problems) > before:
+        return None
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        error.where = settings.origins.get(error.where, error.where)
+        problems.append(error)
+    except TypeError as error:
+        problems.append(
+            ConfigError(f"{path or 'the configuration'}: {error}", where=path, fix="add what is missing")
+        )
+    return None
+
+
+def _untext(value: Any, kind: Any) -> Any:
+    # YAML 1.1 reads 1e-4 as a string; where a number is wanted it is one.
+    if isinstance(value, str) and not _accepts(kind, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if isinstance(value, str) and tuple in {typing.get_origin(option) for option in _options(kind)}:
+        return value
+    return value
+
+
+def describe_type(kind: Any) -> str:
+    """A field's type in words: "a whole number", "one of 'a', 'b'"."""
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    told = []
+    for option in _options(kind):
+        if typing.get_origin(option) is typing.Literal:
+            told.append("one of " + ", ".join(repr(arg) for arg in typing.get_args(option)))
+        elif typing.get_origin(option) is tuple:
+            told.append(f"a list of {words.get(typing.get_args(option)[0], 'values')}")
+        else:
+            told.append(words.get(option, f"a section ({getattr(option, '__name__', option)})"))
+    return " or ".join(told)
+
+
+def _unknown(path: str, parent: str, name: str, fields: Mapping[str, Any], settings: Settings) -> ConfigError:
+    near = closest(name, fields)
+    if near:
+        fix = f"did you mean {parent + '.' if parent else ''}{near}?"
+    else:
+        home = next((ours for ours in ALIASES.values() if ours.rsplit(".", 1)[-1] == name), "")
+        fix = f"did you mean {home}?" if home else f"one of: {', '.join(fields)}"
+    return ConfigError(f"unknown name {path!r}", where=settings.origins[path], fix=fix)
+
+
+def _field_types(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return typing.get_args(kind) if union else (kind,)
+
+
+def _section(kind: Any) -> type | None:
+    return next((option for option in _options(kind) if dataclasses.is_dataclass(option)), None)  # type: ignore[arg-type]
+
+
+def _accepts(kind: Any, wanted: type) -> bool:
+    return any(
+        option is wanted
+        or (typing.get_origin(option) is typing.Literal)
+        or typing.get_origin(option) is tuple
+        for option in _options(kind)
+    )
+
+
+def _as_bool(value: Any) -> bool | None:
+    if isinstance(value, bool):
+        return value
+    return {"true": True, "false": False}.get(str(value).lower())
+
+
+def _parents(path: str) -> list[str]:
+    names = path.split(".")
+    return [".".join(names[:depth]) for depth in range(1, len(names))]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain nested values, for a file."""
+    return {
+        field.name: to_dict(value) if dataclasses.is_dataclass(value) else _plain(value)
+        for field in dataclasses.fields(config)
+        for value in [getattr(config, field.name)]
+    }
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], origin: str) -> T:
+    """Make a configuration from the nested values that `to_dict` wrote.
+
+    Raises:
+        ConfigError: The values do not fit the dataclass.
+    """
+    settings = Settings()
+
+    def walk(mapping: Mapping[str, Any], path: str) -> None:
+        for name, value in mapping.items():
+            full = f"{path}.{name}" if path else name
+            if isinstance(value, Mapping) and value:
+                walk(value, full)
+            else:
+                settings.values[full] = value
+                settings.origins[full] = origin
+
+    walk(values, "")
+    return build(cls, settings)

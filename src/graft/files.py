@@ -66,9 +66,13 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise StorageError(f"not a JSON file: {error}", where=str(path), fix="restore or remove it") from error
+        raise StorageError(
+            f"not a JSON file: {error}", where=str(path), fix="restore or remove it"
+        ) from error
     except OSError as error:
-        raise StorageError(f"cannot be read: {error.strerror}", where=str(path), fix="check the path") from error
+        raise StorageError(
+            f"cannot be read: {error.strerror}", where=str(path), fix="check the path"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -153,7 +157,9 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     except OSError as error:
-        raise StorageError(f"cannot be read: {error.strerror}", where=str(path), fix="check the path") from error
+        raise StorageError(
+            f"cannot be read: {error.strerror}", where=str(path), fix="check the path"
+        ) from error
     return digest.hexdigest()
 
 
@@ -167,7 +173,9 @@ def safe_join(root: str | os.PathLike[str], name: str) -> Path:
     path = (base / name).resolve()
     if not path.is_relative_to(base):
         raise StorageError(
-            f"the name {name!r} leads outside its directory", where=str(base), fix="the file that names it is damaged"
+            f"the name {name!r} leads outside its directory",
+            where=str(base),
+            fix="the file that names it is damaged",
         )
     return path
 

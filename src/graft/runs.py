@@ -1,0 +1,172 @@
+"""What a run directory holds, and how to open, lock, append to and read it.
+
+runs/first/
+    run.json          resolved config, derived choices with reasons, versions, digests, results
+    metrics.jsonl     one line a step; the same bytes for the same run, also when it was resumed
+    timings.jsonl     speed and memory of each logged step; differs from run to run
+    checkpoints/step-NNNNNN/
+    adapter/          the result: a PEFT adapter directory (or model/ after full fine-tuning)
+    report.html
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from graft import files
+from graft.errors import CheckpointError, StorageError
+
+_STEP = re.compile(r"step-(\d{6,})$")
+
+
+class RunDirectory:
+    """The files of one run.
+
+    Args:
+        path: The directory; `create` or `open` check what is there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.record_path = self.path / "run.json"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.timings_path = self.path / "timings.jsonl"
+        self.checkpoints_path = self.path / "checkpoints"
+        self.adapter_path = self.path / "adapter"
+        self.model_path = self.path / "model"
+        self.report_path = self.path / "report.html"
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str]) -> RunDirectory:
+        """Make a new run directory.
+
+        Raises:
+            StorageError: It holds a run already, or other files, or cannot be written.
+        """
+        run = cls(path)
+        if run.record_path.exists():
+            raise StorageError(
+                "holds a run already",
+                where=str(run.path),
+                fix=f"go on with `--resume {run.path}`, or choose another",
+            )
+        if run.path.is_dir() and any(name.name != "lock" for name in run.path.iterdir()):
+            raise StorageError("is not empty", where=str(run.path), fix="choose another output directory")
+        try:
+            run.checkpoints_path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"cannot be made: {error.strerror}",
+                where=str(run.path),
+                fix="choose a place that you may write to",
+            ) from error
+        return run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> RunDirectory:
+        """Open an existing run.
+
+        Raises:
+            CheckpointError: There is no run.
+        """
+        run = cls(path)
+        if not run.record_path.is_file():
+            near = (
+                sorted(p.parent.name for p in run.path.parent.glob("*/run.json"))
+                if run.path.parent.is_dir()
+                else []
+            )
+            fix = f"runs there: {', '.join(near)}" if near else "give the directory that holds run.json"
+            raise CheckpointError("is not a run directory", where=str(run.path), fix=fix)
+        return run
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run, so that no second process writes into it; freed by the system if this one dies.
+
+        Raises:
+            CheckpointError: Another process holds it.
+        """
+        with open(self.path / "lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise CheckpointError(
+                    f"is being written by {holder}", where=str(self.path), fix="wait for it, or stop it"
+                ) from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()}")
+            file.flush()
+            yield
+
+    def read_record(self) -> dict[str, Any]:
+        """run.json as a dictionary."""
+        record: dict[str, Any] = files.read_json(self.record_path)
+        return record
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        """Replace run.json."""
+        files.write_json(self.record_path, record)
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoint directories, oldest first."""
+        if not self.checkpoints_path.is_dir():
+            return []
+        found = [path for path in self.checkpoints_path.iterdir() if _STEP.fullmatch(path.name)]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint after `step` optimizer steps goes."""
+        return self.checkpoints_path / f"step-{step:06d}"
+
+
+class LineLog:
+    """A file of JSON lines that can be cut back to a known length.
+
+    Args:
+        path: The file; made when missing.
+        keep_bytes: Cut the file to this length first; None keeps all of it.
+    """
+
+    def __init__(self, path: Path, keep_bytes: int | None = None) -> None:
+        self._file = open(path, "ab")  # noqa: SIM115 - held open for the length of the run
+        if keep_bytes is not None:
+            if self._file.tell() < keep_bytes:
+                raise CheckpointError(
+                    f"is {self._file.tell()} bytes long, the checkpoint says {keep_bytes}",
+                    where=str(path),
+                    fix="the log was changed after the checkpoint; restore it or start a new run",
+                )
+            self._file.truncate(keep_bytes)
+            self._file.seek(keep_bytes)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line; NaN and infinity are refused, write null instead."""
+        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Flush to the disk; returns the length in bytes."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a JSON-lines log; a last line cut by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [json.loads(line) for line in lines]
