@@ -8,7 +8,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdamWConfig": "graft.train.optim",
+    "AdamWConfig": "graft.training.optim",
 }
 
 __all__ = ["__version__", *_HOMES]

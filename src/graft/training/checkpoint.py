@@ -1,0 +1,234 @@
+"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+
+checkpoints/step-000120/
+    state.json          where the run stands; digest of the tensors
+    state.safetensors   trained tensors, optimizer moments, random-number state
+
+A checkpoint is written beside its place and renamed, so it is whole or absent; no pickle is involved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft import files
+from graft.errors import CheckpointError, StorageError
+from graft.runs import RunDirectory
+from graft.training.stopping import BestEval
+
+FORMAT = 1
+STATE, TENSORS = "state.json", "state.safetensors"
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run stands between two optimizer steps.
+
+    Attributes:
+        step: Optimizer steps done, skipped ones included.
+        epoch: Epoch of the next batch.
+        batch: Index of the next batch in that epoch.
+        num_tokens: Real tokens seen.
+        num_labelled_tokens: Tokens that counted in the loss.
+        num_skipped: Steps not applied because of a NaN or infinite loss or gradient.
+        num_skipped_in_row: Of these, the latest ones without a good step between.
+        last_eval_step: Step of the latest evaluation.
+        stopped_early: Whether early stopping ended the run.
+        metrics_bytes: Length of metrics.jsonl.
+        best: The lowest evaluation loss so far.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    num_tokens: int = 0
+    num_labelled_tokens: int = 0
+    num_skipped: int = 0
+    num_skipped_in_row: int = 0
+    last_eval_step: int = -1
+    stopped_early: bool = False
+    metrics_bytes: int = 0
+    best: BestEval = dataclasses.field(default_factory=BestEval)
+
+
+def save_checkpoint(
+    run: RunDirectory,
+    position: Position,
+    trained: Mapping[str, Tensor],
+    optimizer_state: Mapping[str, Tensor],
+    keep: int,
+) -> Path:
+    """Write a checkpoint and remove the oldest ones beyond `keep`, never the best one.
+
+    Args:
+        run: Where to.
+        position: Where the run stands.
+        trained: The trained tensors by name.
+        optimizer_state: What the optimizer's `state` gave.
+        keep: Newest checkpoints to keep.
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        StorageError: It could not be written; the earlier checkpoints stand.
+    """
+    from safetensors.torch import save_file
+
+    path = run.checkpoint_path(position.step)
+    tensors = {f"trained|{name}": value.detach().contiguous() for name, value in trained.items()}
+    tensors |= {f"optimizer|{name}": value.contiguous() for name, value in optimizer_state.items()}
+    tensors["random|torch"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random|cuda"] = torch.cuda.get_rng_state()
+    with files.new_directory(path, replace=True) as partial:
+        try:
+            save_file(tensors, partial / TENSORS)
+        except OSError as error:
+            raise _cannot_write(error, path, tensors) from error
+        state = {
+            "format": FORMAT,
+            "position": dataclasses.asdict(position),
+            "sha256": files.sha256_file(partial / TENSORS),
+            "num_threads": torch.get_num_threads(),
+        }
+        files.write_json(partial / STATE, state)
+    _rotate(run, keep, position.best.step)
+    return path
+
+
+def _cannot_write(error: OSError, path: Path, tensors: Mapping[str, Tensor]) -> StorageError:
+    needed = sum(value.numel() * value.element_size() for value in tensors.values())
+    free = shutil.disk_usage(path.parent).free
+    return StorageError(
+        f"the checkpoint cannot be written: {error}; {needed:,} bytes needed, {free:,} free",
+        where=str(path),
+        fix="free some space and go on with --resume; the earlier checkpoints stand",
+    )
+
+
+def _rotate(run: RunDirectory, keep: int, best_step: int) -> None:
+    for path in run.checkpoints()[:-keep]:
+        if path != run.checkpoint_path(best_step):
+            # Renamed first, so that a kill in the middle leaves no half checkpoint under a good name.
+            doomed = path.with_name(f".{path.name}{files.PARTIAL}")
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """A verified checkpoint in memory.
+
+    Attributes:
+        path: Its directory.
+        position: Where the run stood.
+        trained: The trained tensors.
+        optimizer: The optimizer's state.
+        random: Random-number states by device type.
+        num_threads: Threads of the process that wrote it.
+    """
+
+    path: Path
+    position: Position
+    trained: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    random: dict[str, Tensor]
+    num_threads: int
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint.
+
+    Raises:
+        CheckpointError: A file is missing or its digest is another one.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state: dict[str, Any] = files.read_json(path / STATE)
+        digest = files.sha256_file(path / TENSORS)
+        if state["format"] != FORMAT or digest != state["sha256"]:
+            raise CheckpointError(
+                f"{TENSORS} has digest {digest[:12]}, the checkpoint says {state['sha256'][:12]}", where=str(path)
+            )
+        tensors = load_file(path / TENSORS)
+        position = state["position"]
+        position["best"] = BestEval(**position["best"])
+        return Checkpoint(
+            path,
+            Position(**position),
+            _part(tensors, "trained"),
+            _part(tensors, "optimizer"),
+            _part(tensors, "random"),
+            int(state["num_threads"]),
+        )
+    except (StorageError, SafetensorError, KeyError, TypeError) as error:
+        raise CheckpointError(f"is damaged: {error}", where=str(path), fix="use an older checkpoint") from error
+
+
+def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{part}|"): value for name, value in tensors.items() if name.startswith(f"{part}|")}
+
+
+def newest_checkpoint(run: RunDirectory, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is whole; None where a run stopped before its first one.
+
+    Args:
+        run: The run.
+        say: Told about each checkpoint that had to be passed over.
+
+    Raises:
+        CheckpointError: There are checkpoints but none is whole.
+    """
+    files.remove_partials(run.checkpoints_path)
+    files.remove_partials(run.path)
+    paths = run.checkpoints()
+    for path in reversed(paths):
+        try:
+            return load_checkpoint(path)
+        except CheckpointError as error:
+            say(f"passed over {path.name}: {error.what}")
+    if paths:
+        raise CheckpointError("has no whole checkpoint", where=str(run.checkpoints_path), fix="start a new run")
+    return None
+
+
+def restore_random_state(checkpoint: Checkpoint) -> None:
+    """Continue the random-number streams where the checkpoint left them."""
+    torch.set_rng_state(checkpoint.random["torch"])
+    if torch.cuda.is_available() and "cuda" in checkpoint.random:
+        torch.cuda.set_rng_state(checkpoint.random["cuda"])
+
+
+def copy_into(parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, Tensor], where: str) -> None:
+    """Put stored values into the trained tensors.
+
+    Raises:
+        CheckpointError: Names or shapes differ.
+    """
+    missing, extra = sorted(parameters.keys() - stored.keys()), sorted(stored.keys() - parameters.keys())
+    if missing or extra:
+        raise CheckpointError(
+            f"trains other tensors: {missing[:3]} not in it, {extra[:3]} only in it",
+            where=where,
+            fix="the configuration changed; start a new run",
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != stored[name].shape:
+                raise CheckpointError(
+                    f"{name} has shape {tuple(stored[name].shape)} there, {tuple(parameter.shape)} here",
+                    where=where,
+                    fix="the configuration changed; start a new run",
+                )
+            parameter.copy_(stored[name])

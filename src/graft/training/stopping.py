@@ -1,0 +1,94 @@
+"""When a run ends before its last step: no more improvement, a signal, or losses that are no numbers."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from graft.errors import StopRequested
+
+
+@dataclass
+class BestEval:
+    """The lowest evaluation loss so far, and how long ago it was.
+
+    Attributes:
+        loss: Lowest evaluation loss; None before the first evaluation.
+        step: Optimizer step of that evaluation.
+        num_worse: Evaluations since then.
+    """
+
+    loss: float | None = None
+    step: int = 0
+    num_worse: int = 0
+
+    def update(self, loss: float, step: int, min_delta: float) -> bool:
+        """Take in one evaluation; returns whether it is the best so far. A NaN never is."""
+        better = math.isfinite(loss) and (self.loss is None or loss < self.loss - min_delta)
+        if better:
+            self.loss, self.step, self.num_worse = loss, step, 0
+        else:
+            self.num_worse += 1
+        return better
+
+
+class StopSignal:
+    """Remembers that SIGINT or SIGTERM came, so that the loop can save and stop between steps."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.received is not None
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        """Catch the first signal; a second one ends the process as usual."""
+        try:
+            old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:
+            # Only the main thread may set handlers; elsewhere whoever owns the thread stops it.
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def stop_before_training() -> Iterator[None]:
+    """Turn a signal during loading into StopRequested: there is nothing to save yet.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        StopRequested: SIGINT or SIGTERM came.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise StopRequested(
+            f"stopped by {signal.Signals(number).name} before the first step; nothing was trained",
+            fix="start it again",
+        )
+
+    try:
+        old = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
