@@ -1,4 +1,4 @@
-"""The loss of a language model: cross-entropy over the labelled tokens, in fp32, without ever holding all logits."""
+"""The loss of a language model: fp32 cross-entropy over the labelled tokens, the logits made in chunks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from graft.data.loader import Batch
 from graft.errors import DataError
+from graft.evaluate.decoding import evaluating
 from graft.models.families import head, hidden_states
 
 IGNORED = -100
@@ -76,8 +77,8 @@ def labelled_losses(
 def head_losses(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each target given the hidden state that predicts it.
 
-    The logits are made in chunks of at most `CHUNK_LOGITS` and made again in the backward pass, so memory does
-    not grow with tokens times vocabulary. What fits in one chunk is kept.
+    The logits are made in chunks of at most `CHUNK_LOGITS` and made again in the backward pass, so memory
+    does not grow with tokens times vocabulary. What fits in one chunk is kept.
 
     Args:
         model: A causal language model of transformers.
@@ -122,18 +123,13 @@ def evaluate_loss(model: nn.Module, batches: Iterable[Batch]) -> LossReport:
     """
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                losses, _ = labelled_losses(
-                    model, batch.input_ids.to(device), batch.position_ids.to(device), batch.labels.to(device)
-                )
-                total += float(losses.double().sum())
-                count += losses.numel()
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            losses, _ = labelled_losses(
+                model, batch.input_ids.to(device), batch.position_ids.to(device), batch.labels.to(device)
+            )
+            total += float(losses.double().sum())
+            count += losses.numel()
     if count == 0:
         raise DataError("no labelled token to evaluate on", fix="check the data with `graft data check`")
     mean = total / count
