@@ -51,14 +51,7 @@ class RunDirectory:
             StorageError: It holds a run already, or other files, or cannot be written.
         """
         run = cls(path)
-        if run.record_path.exists():
-            raise StorageError(
-                "holds a run already",
-                where=str(run.path),
-                fix=f"go on with `--resume {run.path}`, or choose another",
-            )
-        if run.path.is_dir() and any(name.name != "lock" for name in run.path.iterdir()):
-            raise StorageError("is not empty", where=str(run.path), fix="choose another output directory")
+        run.check_new()
         try:
             run.checkpoints_path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -68,6 +61,23 @@ class RunDirectory:
                 fix="choose a place that you may write to",
             ) from error
         return run
+
+    def check_new(self) -> None:
+        """Check that a new run may be made here, before any work is done.
+
+        Raises:
+            StorageError: There is a run already, or other files.
+        """
+        if self.record_path.exists():
+            raise StorageError(
+                "holds a run already",
+                where=str(self.path),
+                fix=f"go on with `--resume {self.path}`, or choose another",
+            )
+        if self.path.exists() and not self.path.is_dir():
+            raise StorageError("is a file", where=str(self.path), fix="choose another output directory")
+        if self.path.is_dir() and any(name.name not in ("checkpoints", "lock") for name in self.path.iterdir()):
+            raise StorageError("is not empty", where=str(self.path), fix="choose another output directory")
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunDirectory:

@@ -1,0 +1,124 @@
+"""`graft train`: fine-tune a model from a config file or from flags, or go on with a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from graft.cli import answer
+from graft.config import Settings, build, closest, read_assignments, read_yaml
+from graft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from graft.training.build import Run
+    from graft.training.monitors import Monitor
+
+METHODS = {
+    "full": {"adapter": None, "quantization": None},
+    "lora": {"adapter.method": "lora"},
+    "qlora": {"adapter.method": "lora", "quantization.quant_type": "nf4"},
+}
+"""What --method sets."""
+
+
+def train(
+    config: Annotated[Path | None, typer.Argument(help="YAML file with the whole configuration.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help='Directory, hub id, or "builtin" (the default).')
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", "-d", help="Training data: jsonl, json, csv, txt.")] = None,
+    eval_data: Annotated[str | None, typer.Option("--eval-data", help="Evaluation data.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="full, lora or qlora; without a config file lora.")
+    ] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Run directory to make.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="Any field: section.key=value. May be repeated.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="Go on with this run exactly.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
+) -> None:
+    """Fine-tune a model; --resume RUN goes on exactly where a run stopped.
+
+    Raises:
+        ConfigError: The flags or the file are wrong.
+    """
+    given = {"CONFIG": config, "--model": model, "--data": data, "--eval-data": eval_data}
+    given |= {"--method": method, "--out": out, "--set": assignments}
+    if resume is not None:
+        besides = [flag for flag, value in given.items() if value]
+        if besides:
+            raise ConfigError(
+                f"{', '.join(besides)} cannot go with --resume: a run goes on with its own settings",
+                where="--resume",
+                fix=f"graft train --resume {resume}",
+            )
+        from graft.training.build import resume_run
+
+        finished = resume_run(resume, _monitor(quiet, 10))
+    else:
+        settings = read_yaml(config) if config is not None else Settings()
+        settings.update(_flags(model, data, eval_data, method or (None if config else "lora"), out))
+        settings.update(read_assignments(assignments or []))
+        finished = _start(settings, quiet)
+    _tell(finished, as_json)
+
+
+def _start(settings: Settings, quiet: bool) -> Run:
+    from graft.training.build import run_from_config
+    from graft.training.config import RunConfig
+
+    run_config = build(RunConfig, settings)
+    monitor = _monitor(quiet, run_config.training.log_steps)
+    for told in settings.notes:
+        monitor.say(told)
+    return run_from_config(run_config, monitor)
+
+
+def _flags(
+    model: str | None, data: str | None, eval_data: str | None, method: str | None, out: str | None
+) -> Settings:
+    settings = Settings()
+    values = {"model.name": (model, "--model"), "data.train": (data, "--data")}
+    values |= {"data.eval": (eval_data, "--eval-data"), "output": (out, "--out")}
+    for path, (value, flag) in values.items():
+        if value is not None:
+            settings.put(path, value, flag)
+    if method is not None:
+        if method not in METHODS:
+            near = closest(method, METHODS)
+            raise ConfigError(
+                f"unknown method {method!r}",
+                where="--method",
+                fix=f"did you mean {near!r}?" if near else f"one of: {', '.join(METHODS)}",
+            )
+        for path, setting in METHODS[method].items():
+            settings.put(path, setting, "--method")
+    return settings
+
+
+def _monitor(quiet: bool, log_steps: int) -> Monitor:
+    from graft.training.monitors import Console, Silent
+
+    return Silent() if quiet else Console(log_steps)
+
+
+def _tell(run: Run, as_json: bool) -> None:
+    result = run.adapter or run.model
+    model = f"--adapter {run.adapter}" if run.adapter else f"{run.model}"
+    fields = {
+        "run": str(run.directory),
+        "adapter": str(run.adapter) if run.adapter else None,
+        "model": str(run.model) if run.model else None,
+        "metrics": run.metrics,
+    }
+    steps = run.metrics["steps"]
+    text = f"done after {steps} steps: {result}\n"
+    if run.adapter:
+        text += f"next:  graft generate MODEL {model} --prompt ...\n       graft merge {run.adapter} --out merged/"
+    else:
+        text += f"next:  graft generate {model} --prompt ..."
+    answer.success(as_json, fields, text)

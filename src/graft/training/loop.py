@@ -1,0 +1,296 @@
+"""The one training loop. Full, LoRA and QLoRA fine-tuning differ by the objects handed to it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from graft.data.loader import Batch, Loader
+from graft.errors import StopRequested, TrainingError
+from graft.evaluate.loss import evaluate_loss, token_losses
+from graft.runs import LineLog, RunDirectory
+from graft.training.checkpoint import Checkpoint, Position, copy_into, restore_random_state, save_checkpoint
+from graft.training.config import TrainingConfig
+from graft.training.monitors import Monitor, memory_bytes
+from graft.training.optim import Optimizer
+from graft.training.schedule import learning_rate_at
+from graft.training.stopping import StopSignal
+
+
+@dataclass
+class Job:
+    """Everything one run needs, ready made.
+
+    Attributes:
+        model: The model, on its device, adapters attached.
+        parameters: What is trained, by name.
+        loader: Training batches.
+        eval_loader: Evaluation batches; None for no evaluation.
+        config: The training settings.
+        learning_rate: The peak, resolved.
+        run: Where logs and checkpoints go.
+        monitor: Who is told.
+        autocast: Type that matrix products run in when it is not the tensors' own; None for no autocast.
+        stop: Set by a signal.
+    """
+
+    model: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    loader: Loader
+    eval_loader: Loader | None
+    config: TrainingConfig
+    learning_rate: float
+    run: RunDirectory
+    monitor: Monitor
+    autocast: torch.dtype | None = None
+    stop: StopSignal = field(default_factory=StopSignal)
+
+
+class _EvaluationStopped(Exception):  # noqa: N818 - a signal between two functions of this file
+    """A stop was asked for while evaluating; the evaluation is made again on resume."""
+
+
+class Training:
+    """A run in motion: `Training(job, checkpoint).run()`.
+
+    Args:
+        job: The objects.
+        checkpoint: Where to go on; None starts from the beginning.
+    """
+
+    def __init__(self, job: Job, checkpoint: Checkpoint | None = None) -> None:
+        self.job = job
+        self.optimizer = Optimizer(job.parameters, job.config)
+        self.position = checkpoint.position if checkpoint else Position()
+        self.num_steps = num_steps(job.loader, job.config)
+        self.device = next(iter(job.parameters.values())).device
+        self._saved_step = self.position.step if checkpoint else -1
+        if checkpoint:
+            copy_into(job.parameters, checkpoint.trained, str(checkpoint.path))
+            self.optimizer.load_state(checkpoint.optimizer)
+            restore_random_state(checkpoint)
+        else:
+            torch.manual_seed(job.config.seed)
+
+    def run(self) -> Position:
+        """Train to the end.
+
+        Returns:
+            The final position.
+
+        Raises:
+            StopRequested: A signal came; the state is saved.
+            TrainingError: Too many steps in a row without a finite loss.
+            StorageError: The disk refused; the last checkpoint stands.
+        """
+        job = self.job
+        self.metrics = LineLog(job.run.metrics_path, self.position.metrics_bytes)
+        self.timings = LineLog(job.run.timings_path)
+        job.model.train()
+        job.monitor.start(self.position.step, self.num_steps)
+        try:
+            self._catch_up()
+            for batches in self._steps():
+                self._step(batches)
+                self._after_step()
+                if self.position.stopped_early:
+                    break
+        except _EvaluationStopped:
+            self._leave()
+        finally:
+            job.monitor.finish()
+            self.metrics.close()
+            self.timings.close()
+        return self.position
+
+    # One step.
+
+    def _step(self, batches: list[Batch]) -> None:
+        position, config, started = self.position, self.job.config, time.perf_counter()
+        learning_rate = learning_rate_at(
+            position.step,
+            peak=self.job.learning_rate,
+            num_steps=self.num_steps,
+            warmup_steps=warmup_steps(config, self.num_steps),
+            shape=config.lr_scheduler,
+            min_ratio=config.min_lr_ratio,
+        )
+        loss = self._accumulate(batches)
+        norm = self.optimizer.gradient_norm() if math.isfinite(loss) else math.nan
+        applied = math.isfinite(norm)
+        if applied:
+            if position.step == 0:
+                self._check_gradients()
+            self.optimizer.step(learning_rate, norm)
+        else:
+            self.optimizer.clear()
+        num_tokens = sum(batch.num_tokens for batch in batches)
+        position.step += 1
+        position.num_tokens += num_tokens
+        position.num_labelled_tokens += sum(batch.num_labelled_tokens for batch in batches)
+        position.num_skipped += not applied
+        position.num_skipped_in_row = 0 if applied else position.num_skipped_in_row + 1
+        record = {
+            "step": position.step,
+            "loss": loss if math.isfinite(loss) else None,
+            "grad_norm": norm if applied else None,
+            "learning_rate": learning_rate,
+            "num_tokens": position.num_tokens,
+        }
+        if not applied:
+            record["skipped"] = "the loss is not finite" if not math.isfinite(loss) else "a gradient is not finite"
+            self.job.monitor.say(f"step {position.step} was not applied: {record['skipped']}")
+        self.metrics.write(record)
+        seconds = time.perf_counter() - started
+        self.timings.write(
+            {"step": position.step, "seconds": seconds, "num_tokens": num_tokens, "memory_bytes": memory_bytes()}
+        )
+        self.job.monitor.step(record, num_tokens)
+
+    def _accumulate(self, batches: list[Batch]) -> float:
+        """Gradients of the mean loss over all labelled tokens of the step; returns that mean.
+
+        Every token weighs the same however the batches are cut, so the gradient is that of one large batch.
+        """
+        num_labelled = sum(batch.num_labelled_tokens for batch in batches)
+        total = 0.0
+        for batch in batches:
+            with self._precision():
+                loss_sum, _ = token_losses(self.job.model, batch.to(self.device))
+            total += float(loss_sum.detach())
+            if not math.isfinite(total):
+                break
+            (loss_sum / num_labelled).backward()
+        return total / num_labelled
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.job.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.job.autocast)
+
+    def _check_gradients(self) -> None:
+        starved = [name for name, parameter in self.job.parameters.items() if parameter.grad is None]
+        if starved:
+            raise TrainingError(
+                f"{len(starved)} of {len(self.job.parameters)} trained tensors got no gradient in the first step",
+                where=", ".join(starved[:5]),
+                fix="they do not act on the loss; take their modules out of the targets",
+            )
+
+    # Between steps.
+
+    def _after_step(self) -> None:
+        position, config = self.position, self.job.config
+        if position.num_skipped_in_row >= config.max_nonfinite_steps:
+            stands = f"checkpoint step-{self._saved_step:06d} stands" if self._saved_step >= 0 else "nothing is saved"
+            raise TrainingError(
+                f"{position.num_skipped_in_row} steps in a row without a finite loss and gradient",
+                where=f"step {position.step}; {stands}",
+                fix="lower training.learning_rate, or look at the data of these steps",
+            )
+        if self._due(config.eval_steps) and self.job.eval_loader is not None:
+            self._evaluate()
+        if self._due(config.save_steps):
+            self._save()
+        if self.job.stop:
+            self._leave()
+
+    def _catch_up(self) -> None:
+        """Make the evaluation that a stop prevented, so that a resumed run has the same log."""
+        position = self.position
+        if position.step and self._due(self.job.config.eval_steps) and position.last_eval_step != position.step:
+            # Not saved again under the same name: until the next step, a second resume does the same.
+            if self.job.eval_loader is not None:
+                self._evaluate()
+
+    def _due(self, every: int | None) -> bool:
+        position = self.position
+        if position.step == self.num_steps or position.stopped_early:
+            return True
+        return position.batch == 0 if every is None else position.step % every == 0
+
+    def _evaluate(self) -> None:
+        position, config, loader = self.position, self.job.config, self.job.eval_loader
+        assert loader is not None
+        with self._precision():
+            report = evaluate_loss(self.job.model, self._until_stopped(loader.epoch(0)))
+        best = position.best.update(report.loss, position.step, config.early_stopping_min_delta)
+        position.last_eval_step = position.step
+        record = {"step": position.step, "eval_loss": report.loss if math.isfinite(report.loss) else None, "best": best}
+        self.metrics.write(record)
+        self.job.monitor.evaluated({**record, "eval_loss": report.loss})
+        patience = config.early_stopping_patience
+        if patience is not None and position.best.num_worse >= patience and position.step < self.num_steps:
+            position.stopped_early = True
+            self.job.monitor.say(
+                f"stopped early: no better evaluation loss than {position.best.loss} (step {position.best.step}) "
+                f"in {patience} evaluations"
+            )
+        if best or position.stopped_early:
+            self._save()
+
+    def _until_stopped(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            if self.job.stop:
+                raise _EvaluationStopped
+            yield batch
+
+    def _save(self) -> None:
+        if self._saved_step == self.position.step:
+            return
+        self.position.metrics_bytes = self.metrics.sync()
+        save_checkpoint(
+            self.job.run,
+            self.position,
+            self.job.parameters,
+            self.optimizer.state(),
+            self.job.config.keep_checkpoints,
+        )
+        self._saved_step = self.position.step
+
+    def _leave(self) -> None:
+        self._save()
+        raise StopRequested(
+            f"stopped by {self.job.stop.received} after step {self.position.step} of {self.num_steps}; "
+            "the state is saved",
+            where=str(self.job.run.checkpoint_path(self.position.step)),
+            fix=f"go on with `graft train --resume {self.job.run.path}`",
+        )
+
+    def _steps(self) -> Iterator[list[Batch]]:
+        """The batches of each remaining step; moves the position's cursor past them."""
+        position, size = self.position, self.job.config.gradient_accumulation_steps
+        while position.step < self.num_steps and not position.stopped_early:
+            num_batches = self.job.loader.num_batches(position.epoch)
+            batches = self.job.loader.epoch(position.epoch, position.batch)
+            while group := list(itertools.islice(batches, size)):
+                position.batch += len(group)
+                if position.batch >= num_batches:
+                    position.epoch, position.batch = position.epoch + 1, 0
+                yield group
+                if position.step >= self.num_steps or position.stopped_early:
+                    return
+
+
+def num_steps(loader: Loader, config: TrainingConfig) -> int:
+    """Optimizer steps of a whole run; a part of an epoch is rounded up to whole steps."""
+    if config.max_steps is not None:
+        return config.max_steps
+    whole, part = divmod(config.num_epochs, 1)
+    per_epoch = [math.ceil(loader.num_batches(e) / config.gradient_accumulation_steps) for e in range(int(whole) + 1)]
+    return max(1, sum(per_epoch[: int(whole)]) + math.ceil(per_epoch[-1] * part))
+
+
+def warmup_steps(config: TrainingConfig, total: int) -> int:
+    """Steps of warm-up of a run of `total` steps."""
+    if config.warmup_steps is not None:
+        return min(config.warmup_steps, total)
+    return math.ceil(config.warmup_ratio * total)
