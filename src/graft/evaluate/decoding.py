@@ -25,6 +25,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def context_length(model: nn.Module) -> int:
+    """Tokens that a model can see at once, prompt and answer together."""
+    config: Any = model.config
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31)
+
+
 class Decoding:
     """A batch of token rows over one key-value cache; rows may leave it and be repeated.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.adapters.attach import disabled
 from graft.errors import ConfigError
-from graft.evaluate.decoding import Decoding, evaluating, sample
+from graft.evaluate.decoding import Decoding, context_length, evaluating, sample
 from graft.evaluate.detokenize import Detokenizer, StopFinder
 
 Prompt = str | Sequence[int]
@@ -250,14 +250,14 @@ def _room(model: nn.Module, prompt: list[int], place: int) -> int:
             where=f"prompt {place}",
             fix="use the model's own tokenizer",
         )
-    context = getattr(config, "max_position_embeddings", None) or 2**31
+    context = context_length(model)
     if len(prompt) >= context:
         raise ConfigError(
             f"{len(prompt)} tokens leave no room in the model's context of {context}",
             where=f"prompt {place}",
             fix="shorten the prompt",
         )
-    return int(context) - len(prompt)
+    return context - len(prompt)
 
 
 def _write(model: nn.Module, writers: list[_Writer], config: GenerationConfig) -> Iterator[None]:
