@@ -1,0 +1,59 @@
+"""`graft evaluate`: the figures of a model on a data set, with or without an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graft.cli import answer
+
+
+def evaluate(
+    model: Annotated[str | None, typer.Argument(help="Directory or hub id; the adapter's own base if left out.")] = None,
+    data: Annotated[str | None, typer.Option("--data", "-d", help="Evaluation data: jsonl, json, csv, txt.")] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", "-a", help="Adapter or run directory.")] = None,
+    metrics: Annotated[str, typer.Option("--metrics", help="Names with commas between them.")] = "loss,perplexity",
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="data.max_length=256 and the like. May be repeated.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Most tokens of a generated answer.")] = 64,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows in one forward pass.")] = 16,
+    predictions: Annotated[Path | None, typer.Option("--predictions", help="Write each row's answer here.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option("--quantization", help="nf4, fp4, int8 or none; as trained if left out.")
+    ] = None,
+    force_base: Annotated[bool, typer.Option("--force-base", help="Accept another base than the adapter's.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
+) -> None:
+    """Measure loss, perplexity, exact match, label accuracy and more on a data set."""
+    from graft.cli.opening import open_model
+    from graft.config import Settings, build, read_assignments
+    from graft.data.config import DataConfig
+    from graft.errors import ConfigError
+    from graft.evaluate.generate import GenerationConfig
+    from graft.evaluate.tasks import evaluate_file, write_predictions
+
+    if data is None:
+        raise ConfigError("no evaluation data", where="--data", fix="--data FILE")
+    settings = Settings()
+    for path, value in read_assignments(assignments or []).values.items():
+        settings.put(path.removeprefix("data."), value, f"--set {path}")
+    config = build(DataConfig, settings)
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    opened = open_model(model, adapter, quantization=quantization, force_base=force_base)
+    result = evaluate_file(
+        opened.base.model,
+        opened.base.tokenizer,
+        data,
+        names,
+        data=config,
+        generation=GenerationConfig(max_new_tokens=max_new_tokens),
+        batch_size=batch_size,
+    )
+    if predictions is not None:
+        write_predictions(predictions, result.predictions)
+    rows = [["metric", "value"], *([name, f"{value:.4f}"] for name, value in result.metrics.items())]
+    fields = {"metrics": result.metrics, "num_rows": result.num_rows}
+    answer.success(as_json, fields, f"{answer.table(rows)}\n{result.num_rows} rows")

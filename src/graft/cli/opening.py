@@ -1,0 +1,122 @@
+"""Opening a model for use: the base as the adapter knew it, the adapter on it, prompts as it was taught."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graft.cli import answer
+from graft.errors import ConfigError
+from graft.models.load import BaseModel
+
+CHAT_FORMATS = ("messages", "alpaca", "sharegpt")
+"""Data formats that are rendered with the chat template where there is one."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model ready to use.
+
+    Attributes:
+        base: The base, with the adapter on it where one was asked for.
+        adapter: Whether there is one.
+        chat: Whether prompts go through the chat template.
+    """
+
+    base: BaseModel
+    adapter: bool
+    chat: bool
+
+    def prompt(self, text: str) -> str | list[int]:
+        """A user's words as this model was taught to read them."""
+        return self.messages([{"role": "user", "content": text}]) if self.chat else text
+
+    def messages(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation that the model is to continue."""
+        from graft.data.templates import prompt_ids
+
+        return prompt_ids(self.base.tokenizer, messages)
+
+
+def open_model(
+    model: str | None,
+    adapter: Path | None,
+    *,
+    quantization: str | None = None,
+    dtype: str | None = None,
+    force_base: bool = False,
+    chat: bool | None = None,
+) -> Opened:
+    """Load a base and, where given, an adapter.
+
+    Args:
+        model: Directory or hub id; None takes the adapter's own base, or the built-in one.
+        adapter: Adapter directory, or a run directory that holds one.
+        quantization: "nf4", "fp4", "int8" or "none"; None takes what the adapter was trained on.
+        dtype: Compute dtype; None takes the checkpoint's.
+        force_base: Accept another base than the adapter's.
+        chat: Whether prompts go through the chat template; None decides by what the adapter was trained on.
+
+    Raises:
+        ConfigError: A chat was asked for and there is no template.
+    """
+    from graft.adapters.peft_format import load_adapter
+    from graft.models.load import load
+    from graft.quant.config import QuantizationConfig
+
+    adapter = adapter_directory(adapter)
+    side = _side_file(adapter)
+    name = model or (base_name(adapter) if adapter else "builtin")
+    config = None
+    if quantization is None:
+        stored = side.get("base", {}).get("quantization", "")
+        config = QuantizationConfig.from_dict(json.loads(stored)) if stored else None
+    elif quantization != "none":
+        config = QuantizationConfig(quant_type=quantization)  # type: ignore[arg-type]
+    base = load(name, quantization=config, dtype=dtype)
+    if adapter is not None:
+        loaded = load_adapter(base.model, adapter, force_base=force_base)
+        for line in loaded.notes:
+            answer.note(f"note: {line}")
+    has_template = bool(getattr(base.tokenizer, "chat_template", None))
+    if chat and not has_template:
+        raise ConfigError(
+            f"the tokenizer of {name} has no chat template", where="--chat", fix="leave --chat out for plain text"
+        )
+    if chat is None:
+        taught = side.get("facts", {}).get("format")
+        chat = has_template and (taught is None or taught in CHAT_FORMATS)
+    return Opened(base=base, adapter=adapter is not None, chat=chat)
+
+
+def adapter_directory(path: Path | None) -> Path | None:
+    """An adapter directory; a run directory stands for the adapter in it."""
+    if path is not None and not (path / "adapter_config.json").exists():
+        inside = path / "adapter"
+        return inside if (inside / "adapter_config.json").exists() else path
+    return path
+
+
+def base_name(adapter: Path) -> str:
+    """The base that an adapter says it belongs to.
+
+    Raises:
+        ConfigError: It does not say.
+    """
+    from graft import files
+
+    name = files.read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not name:
+        raise ConfigError("the adapter does not say which base it belongs to", where=str(adapter), fix="give MODEL")
+    return str(name)
+
+
+def _side_file(adapter: Path | None) -> dict[str, Any]:
+    from graft import files
+
+    if adapter is None or not (adapter / "graft.json").exists():
+        return {}
+    side: dict[str, Any] = files.read_json(adapter / "graft.json")
+    return side
