@@ -1,0 +1,176 @@
+"""The op table: which numeric operations exist, which backends implement them, and which one runs where.
+
+An op is declared once (`define`), a backend is announced once (`add_backend`) and registers the ops it has
+(`register`). `select` takes the newest backend that can run the op on the device and falls back to
+`reference`, which has every op. Falling back warns once; `explain` tells the choice and the reason for each op.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from graft.config import did_you_mean
+from graft.errors import ConfigError
+
+REFERENCE = "reference"
+"""The backend in plain torch that has every op; the others must give its results."""
+
+
+class KernelFallbackWarning(UserWarning):
+    """A faster backend is present but does not run an op; the reference does."""
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One operation of the table.
+
+    Attributes:
+        name: Its key.
+        doc: What it computes, in a line.
+        check: Called with the op's arguments before every run; raises when they do not fit.
+    """
+
+    name: str
+    doc: str
+    check: Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of implementations.
+
+    Attributes:
+        name: Its key.
+        devices: Types of the devices it runs on ("cpu", "cuda"); empty for all.
+        problem: Why it cannot run here ("no C++ compiler"), or "" when it can; asked at every selection.
+    """
+
+    name: str
+    devices: tuple[str, ...] = ()
+    problem: Callable[[], str] = field(default=lambda: "")
+
+
+class Choice(NamedTuple):
+    """Which backend runs an op, and why."""
+
+    op: str
+    backend: str
+    reason: str
+
+
+class OpTable:
+    """Ops, backends and their implementations; graft has one, `TABLE`."""
+
+    def __init__(self) -> None:
+        self._ops: dict[str, OpSpec] = {}
+        self._backends: dict[str, Backend] = {}
+        self._functions: dict[tuple[str, str], Callable[..., Any]] = {}
+        self._warned: set[tuple[str, str]] = set()
+
+    @property
+    def ops(self) -> dict[str, OpSpec]:
+        """The declared ops by name."""
+        return dict(self._ops)
+
+    def define(self, spec: OpSpec) -> None:
+        """Declare an op; a second declaration of the same name replaces the first."""
+        self._ops[spec.name] = spec
+
+    def add_backend(self, backend: Backend) -> None:
+        """Announce a backend; later ones are preferred to earlier ones."""
+        self._backends.pop(backend.name, None)
+        self._backends[backend.name] = backend
+
+    def remove_backend(self, name: str) -> None:
+        """Forget a backend and all it registered."""
+        self._backends.pop(name, None)
+        self._functions = {key: fn for key, fn in self._functions.items() if key[1] != name}
+        self._warned = {key for key in self._warned if key[1] != name}
+
+    def register(self, op: str, backend: str, fn: Callable[..., Any]) -> None:
+        """Give a backend's implementation of an op; same arguments and results as the reference.
+
+        Raises:
+            ConfigError: The op or the backend is not known.
+        """
+        if op not in self._ops:
+            raise ConfigError(f"no op {op!r} in the table", where=backend, fix=did_you_mean(op, self._ops))
+        if backend not in self._backends:
+            raise ConfigError(f"no backend {backend!r}", where=op, fix="call add_backend first")
+        self._functions[op, backend] = fn
+
+    def choose(self, op: str, device: str = "cpu") -> Choice:
+        """Which backend runs an op on a type of device.
+
+        Raises:
+            ConfigError: The op is not known.
+        """
+        if op not in self._ops:
+            raise ConfigError(f"no op {op!r} in the table", fix=did_you_mean(op, self._ops))
+        passed_over: list[str] = []
+        for backend in reversed(self._backends.values()):
+            if backend.devices and device not in backend.devices:
+                continue
+            problem = "has no such op" if (op, backend.name) not in self._functions else backend.problem()
+            if not problem:
+                why = (
+                    "plain torch, the only backend here"
+                    if backend.name == REFERENCE
+                    else "the fastest one here"
+                )
+                return Choice(op, backend.name, "; ".join(passed_over) or why)
+            passed_over.append(f"{backend.name}: {problem}")
+        raise ConfigError(
+            f"no backend runs {op!r} on {device}",
+            fix="; ".join(passed_over) or "register the reference backend",
+        )
+
+    def select(self, op: str, device: str = "cpu") -> Callable[..., Any]:
+        """The implementation that runs an op on a type of device; warns once when it is only a fallback.
+
+        Raises:
+            ConfigError: The op is not known.
+        """
+        choice = self.choose(op, device)
+        preferred = self._preferred(device)
+        if choice.backend != preferred and (op, preferred) not in self._warned:
+            self._warned.add((op, preferred))
+            warnings.warn(
+                f"{op} runs on the {choice.backend} backend ({choice.reason})",
+                KernelFallbackWarning,
+                stacklevel=3,
+            )
+        return self._functions[op, choice.backend]
+
+    def _preferred(self, device: str) -> str:
+        names = [b.name for b in self._backends.values() if not b.devices or device in b.devices]
+        return names[-1] if names else REFERENCE
+
+    def explain(self, device: str = "cpu") -> list[Choice]:
+        """The choice and its reason for every op on a type of device."""
+        return [self.choose(op, device) for op in sorted(self._ops)]
+
+    def call(self, op: str, *args: Any, **kwargs: Any) -> Any:
+        """Check the arguments, choose the backend by the first tensor's device, and run.
+
+        Raises:
+            ConfigError: The op is not known.
+        """
+        if op not in self._ops:
+            raise ConfigError(f"no op {op!r} in the table", fix=did_you_mean(op, self._ops))
+        self._ops[op].check(*args, **kwargs)
+        device = next(_tensors(args), None)
+        return self.select(op, device.device.type if device is not None else "cpu")(*args, **kwargs)
+
+
+def _tensors(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
+    return (arg for arg in args if isinstance(arg, torch.Tensor))
+
+
+TABLE = OpTable()
+"""The table of this process."""

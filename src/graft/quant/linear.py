@@ -1,0 +1,250 @@
+"""The linear layer over a quantized weight: frozen, decoded in every pass, gradient to the input only."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft import kernels
+from graft.errors import QuantError
+from graft.quant.config import QuantizationConfig
+from graft.quant.formats import format_of
+from graft.quant.tensor import QuantizedTensor, part_shapes, quantize
+
+
+class QuantizedLinear(nn.Module):
+    """y = x W' + bias with W (out_features, in_features) kept in few bits.
+
+    The parts of the weight are buffers of uint8; float32 scales are kept as their bytes. So no
+    `.to(dtype)`, `.half()` or mixed-precision policy can round them, and they shard and save as they are.
+
+    Args:
+        in_features: Columns of W.
+        out_features: Rows of W.
+        bias: Whether there is a bias; it starts at zero.
+        config: How W is stored. It starts as zeros, for `load_state_dict`; see `from_weight`.
+        dtype: Dtype of W before it was quantized, and of the bias.
+        compute_dtype: Dtype of the product; the input is cast to it and the output back. None: the input's.
+            Under autocast the product is done in the autocast dtype, as in every linear layer.
+        device: Where the buffers are.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        config: QuantizationConfig | None = None,
+        dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.config = config or QuantizationConfig()
+        self.dtype = dtype
+        self.compute_dtype = compute_dtype
+        for name, (shape, part_dtype) in part_shapes(self.shape, self.config).items():
+            part = torch.zeros(shape, dtype=part_dtype, device=device)
+            self.register_buffer(name, _as_bytes(part))
+        zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.bias = None if zeros is None else nn.Parameter(zeros, requires_grad=False)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        config: QuantizationConfig | None = None,
+        compute_dtype: torch.dtype | None = None,
+        *,
+        where: str = "",
+    ) -> QuantizedLinear:
+        """Quantize a weight into a layer.
+
+        Args:
+            weight: (out_features, in_features), float32, bfloat16 or float16.
+            bias: (out_features,) or None; a Parameter is kept as it is, another tensor becomes a frozen one.
+            config: How the weight is stored; NF4 with double quantization by default.
+            compute_dtype: See the class.
+            where: Name of the weight, for errors.
+
+        Returns:
+            The layer, on the weight's device.
+
+        Raises:
+            QuantError: The weight is not 2-D, not finite or of another dtype, or the bias does not fit.
+        """
+        if weight.ndim != 2:
+            raise QuantError(f"the weight has shape {tuple(weight.shape)}, not (out, in)", where=where)
+        return cls.from_quantized(
+            quantize(weight, config or QuantizationConfig(), where=where), bias, compute_dtype
+        )
+
+    @classmethod
+    def from_quantized(
+        cls, weight: QuantizedTensor, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None
+    ) -> QuantizedLinear:
+        """A layer over a weight that is quantized already; shares its memory.
+
+        Raises:
+            QuantError: The weight is not 2-D or the bias does not fit.
+        """
+        if len(weight.shape) != 2:
+            raise QuantError(f"the weight has shape {weight.shape}, not (out, in)")
+        out_features, in_features = weight.shape
+        if bias is not None and tuple(bias.shape) != (out_features,):
+            raise QuantError(f"the bias has shape {tuple(bias.shape)}, not ({out_features},)")
+        layer = cls(
+            in_features, out_features, config=weight.config, dtype=weight.dtype, compute_dtype=compute_dtype, device="meta"
+        )  # fmt: skip
+        for name, part in weight.parts().items():
+            setattr(layer, name, _as_bytes(part))
+        frozen = bias is None or isinstance(bias, nn.Parameter)
+        layer.bias = bias if frozen else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment,arg-type]
+        return layer
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of W: (out_features, in_features)."""
+        return self.out_features, self.in_features
+
+    @property
+    def quantized_weight(self) -> QuantizedTensor:
+        """W as it is stored; shares memory with the layer."""
+        parts = {
+            name: _from_bytes(getattr(self, name), dtype)
+            for name, (_, dtype) in part_shapes(self.shape, self.config).items()
+        }
+        scale, offset = parts.get("absmax_scale"), parts.get("absmax_offset")
+        return QuantizedTensor(
+            parts["codes"], parts["absmax"], scale, offset, shape=self.shape, dtype=self.dtype, config=self.config
+        )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that W takes as it is stored."""
+        return self.config.num_bytes(self.in_features * self.out_features)
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W decoded, (out_features, in_features), in new memory.
+
+        Args:
+            dtype: Of the result; the dtype W had before it was quantized by default.
+        """
+        return self.quantized_weight.dequantize(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            compute_dtype = output_dtype = torch.get_autocast_dtype(device)
+        else:
+            compute_dtype, output_dtype = self.compute_dtype or x.dtype, x.dtype
+        y: Tensor = _QuantizedProduct.apply(x, self.bias, self, compute_dtype)
+        return y.to(output_dtype)
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        config = self.config
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"quant_type={config.quant_type}, blocksize={config.blocksize}, double_quant={config.double_quant}"
+        )
+
+    def get_extra_state(self) -> Tensor:
+        """The format of the codes as uint8 JSON bytes; saved under `_extra_state` by state_dict."""
+        return torch.tensor(list(self._description()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse the codes of another format.
+
+        Raises:
+            QuantError: The saved layer has another shape, dtype or quantization.
+        """
+        saved = bytes(state.tolist())
+        if saved != self._description():
+            raise QuantError(
+                f"the saved layer is {saved.decode(errors='replace')}, this one is {self._description().decode()}",
+                where="load_state_dict",
+                fix="make the model with the quantization that it was saved with",
+            )
+
+    def _description(self) -> bytes:
+        config = self.config.to_dict()
+        config.pop("skip_modules")
+        facts = {"shape": list(self.shape), "dtype": str(self.dtype).removeprefix("torch."), **config}
+        return json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    """The product; saves no tensor. The weight is frozen, so its codes are read from the layer again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantizedLinear, compute_dtype: torch.dtype
+    ) -> Tensor:
+        weight = layer.quantized_weight
+        ctx.layer, ctx.x_dtype = layer, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            y: Tensor = kernels.call(
+                "quantized_linear",
+                x.to(compute_dtype),
+                weight.codes,
+                weight.scales(),
+                format_of(layer.config.quant_type).table(x.device),
+                None if bias is None else bias.to(compute_dtype),
+                bits=layer.config.bits,
+                blocksize=layer.config.blocksize,
+                out_features=layer.out_features,
+            )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        layer: QuantizedLinear = ctx.layer
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = layer.quantized_weight
+            with torch.autocast(grad.device.type, enabled=False):
+                grad_x = kernels.call(
+                    "quantized_linear_backward",
+                    grad,
+                    weight.codes,
+                    weight.scales(),
+                    format_of(layer.config.quant_type).table(grad.device),
+                    bits=layer.config.bits,
+                    blocksize=layer.config.blocksize,
+                    in_features=layer.in_features,
+                ).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.reshape(-1, layer.out_features).sum(0).to(ctx.bias_dtype)
+        return grad_x, grad_bias, None, None
+
+
+def quantized_modules(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The quantized layers of a model by their names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def _as_bytes(part: Tensor) -> Tensor:
+    return part if part.dtype == torch.uint8 else part.contiguous().view(torch.uint8)
+
+
+def _from_bytes(buffer: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.uint8:
+        return buffer
+    if buffer.storage_offset() % dtype.itemsize:
+        # A slice of a file that was mapped at an odd place.
+        buffer = buffer.clone()
+    return buffer.view(dtype)
