@@ -1,0 +1,102 @@
+"""What stands in the model where adapters are: adapted layers and modules trained in full."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from graft.models.layers import BaseLayer
+
+
+class AdaptedLayer(nn.Module):
+    """A base layer and the adapter layers over it, of which the active ones act, in order.
+
+    Anything asked of it that it does not have (weight, in_features, ...) is answered by the base layer, since
+    model code reads such attributes.
+
+    Args:
+        base: View of the layer that it takes the place of.
+    """
+
+    def __init__(self, base: BaseLayer) -> None:
+        super().__init__()
+        self.base_layer = base.module
+        self.base = base
+        self.adapters = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+        self.train(base.module.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The base output with the active adapters' updates: x (..., in) to (..., out)."""
+        output: Tensor = self.base_layer(x)
+        for name in self.active:
+            output = self.adapters[name](x, output, self.base)
+        return output
+
+    def activate(self, names: tuple[str, ...]) -> None:
+        """Let those of the named adapters act that this layer has."""
+        self.active = tuple(name for name in names if name in self.adapters)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("base_layer", "base"):  # not set yet: while copying or unpickling
+                raise
+            return getattr(self.base_layer, name)
+
+
+class SavedModule(nn.Module):
+    """A module that is trained in full: the frozen original and one fp32 copy of its parameters per adapter.
+
+    The forward runs the original's code with the copy's parameters cast to the original's dtypes.
+
+    Args:
+        original: The module that it takes the place of.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original = original
+        self.copies = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+        self.train(original.training)
+
+    def add_copy(self, name: str) -> None:
+        """Start a copy at the original's values."""
+        self.copies[name] = copy.deepcopy(self.original).float().train(self.training)
+
+    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+        """The copy's parameters by their names within the module."""
+        return dict(self.copies[name].named_parameters())
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's forward, with the active copy's parameters if there is one."""
+        if not self.active:
+            return self.original(*args, **kwargs)
+        trained = self.tensors(self.active[0])
+        cast = {name: trained[name].to(old.dtype) for name, old in self.original.named_parameters()}
+        return functional_call(self.original, cast, args, kwargs)
+
+    def activate(self, names: tuple[str, ...]) -> None:
+        """Let the copy of one of the named adapters act, if this module has one."""
+        self.active = tuple(name for name in names if name in self.copies)
+        assert len(self.active) <= 1, self.active
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "original":
+                raise
+            return getattr(self.original, name)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The base module behind whatever stands in its place."""
+    if isinstance(module, AdaptedLayer):
+        return module.base_layer
+    return module.original if isinstance(module, SavedModule) else module

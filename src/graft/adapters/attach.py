@@ -1,0 +1,204 @@
+"""Put adapters into a model and take them out again."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from graft.adapters.adapted import AdaptedLayer, SavedModule, unwrapped
+from graft.adapters.attached import (
+    Adapter,
+    Attachments,
+    adapter,
+    adapter_modules,
+    adapter_tensors,
+    adapters_of,
+    attachments,
+    disabled,
+    set_active,
+)
+from graft.adapters.base import AdapterConfig, method_of
+from graft.adapters.initializers import generator_for
+from graft.adapters.targets import Selection, select_saved, select_targets, tied_pair
+from graft.errors import AdapterError
+from graft.models.layers import BaseLayer
+
+__all__ = [
+    "Adapter",
+    "adapter_tensors",
+    "adapters_of",
+    "attach",
+    "detach",
+    "disabled",
+    "install",
+    "set_active",
+]
+
+
+def attach(model: nn.Module, config: AdapterConfig, name: str = "default", *, seed: int = 0) -> Adapter:
+    """Put a new adapter into a model, freeze everything else, and make it the active one.
+
+    The model's own modules are replaced in place; the classes are left alone. The first output equals the
+    base's.
+
+    Args:
+        model: A model of `graft.load`, or any `nn.Module` with linear layers.
+        config: The method's settings.
+        name: Names the adapter where a model carries several.
+        seed: With a layer's path it decides that layer's first values, whatever else was attached before.
+
+    Returns:
+        The adapter: its targets, how many numbers train, what to know about it.
+
+    Raises:
+        TargetError: A part of the settings selects nothing.
+        AdapterError: The name is taken or cannot be used, or a module is trained in full by another adapter.
+        ConfigError: Unknown method.
+    """
+    selection = Selection(
+        config.target_modules,
+        config.exclude_modules,
+        config.layers,
+        modules_to_save=config.modules_to_save,
+    )
+    return install(model, config, selection, name, seed=seed)
+
+
+def install(
+    model: nn.Module,
+    config: AdapterConfig,
+    selection: Selection,
+    name: str,
+    *,
+    seed: int | None,
+    strict: bool = True,
+) -> Adapter:
+    """Put an adapter into a model and make it the active one.
+
+    Args:
+        model: Where to put it.
+        config: The method's settings.
+        selection: Where it goes.
+        name: What to call it.
+        seed: For its first values; None leaves the tensors to be filled.
+        strict: Whether a part of the selection may have no effect.
+
+    Raises:
+        TargetError: Nothing is selected.
+        AdapterError: The name cannot be used, or a module is already trained in full.
+        ConfigError: Unknown method.
+    """
+    check_name(model, name)
+    method_of(config)
+    targets = select_targets(model, selection, strict=strict)
+    saved = select_saved(model, selection.modules_to_save)
+    _refuse_overlap(model, targets, saved)
+    record = attachments(model)
+    if not record.adapters:
+        record = Attachments(frozen=[p for p in model.parameters() if p.requires_grad])
+        model.graft_attachments = record  # type: ignore[assignment]
+        for parameter in record.frozen:
+            parameter.requires_grad_(False)
+    for path, base in targets.items():
+        _adapt(model, path, base, config, name, seed)
+    for path in saved:
+        _save_whole(model, path, name)
+    adapter = Adapter(name, config, tuple(targets), tuple(saved), 0)
+    record.adapters[name] = adapter
+    adapter.num_trainable = sum(tensor.numel() for tensor in adapter_tensors(model, name).values())
+    adapter.notes += _tied_notes(model, adapter)
+    set_active(model, name)
+    return adapter
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Refuse a name that is taken or that cannot name a module.
+
+    Raises:
+        AdapterError: In these cases.
+    """
+    if name in attachments(model).adapters:
+        raise AdapterError(
+            f"the model already has an adapter {name!r}",
+            where="name",
+            fix="give it another name, or detach it",
+        )
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise AdapterError(
+            f"an adapter cannot be called {name!r}", where="name", fix="use another word, without dots"
+        )
+
+
+def _refuse_overlap(model: nn.Module, targets: dict[str, BaseLayer], saved: dict[str, nn.Module]) -> None:
+    for path, module in adapter_modules(model).items():
+        whole = isinstance(module, SavedModule)
+        in_saved = any(f"{path}.".startswith(f"{outer}.") for outer in saved)
+        if (path in targets and whole) or (in_saved and not (whole and path in saved)):
+            holders = module.copies if isinstance(module, SavedModule) else module.adapters
+            raise AdapterError(
+                f"{path} belongs to adapter {', '.join(holders)}: it cannot both carry an adapter and be "
+                "trained in full",
+                where=path,
+                fix="detach the other adapter first, or leave the module out of one of them",
+            )
+
+
+def _adapt(
+    model: nn.Module, path: str, base: BaseLayer, config: AdapterConfig, name: str, seed: int | None
+) -> None:
+    module = model.get_submodule(path)
+    if not isinstance(module, AdaptedLayer):
+        module = AdaptedLayer(base)
+        replace_module(model, path, module)
+    generator = None if seed is None else generator_for(seed, path)
+    layer = method_of(config).build_layer(base, config.at(path), generator)
+    module.adapters[name] = layer.to(base.device).train(module.training)
+
+
+def _save_whole(model: nn.Module, path: str, name: str) -> None:
+    module = model.get_submodule(path)
+    if not isinstance(module, SavedModule):
+        module = SavedModule(module)
+        replace_module(model, path, module)
+    module.add_copy(name)
+
+
+def _tied_notes(model: nn.Module, adapter: Adapter) -> list[str]:
+    pair = tied_pair(model)
+    touched = [path for path in pair or () if path in adapter.targets or path in adapter.saved_modules]
+    if pair is None or not touched:
+        return []
+    other = [path for path in pair if path not in touched]
+    what = f"{' and '.join(touched)} {'are' if len(touched) > 1 else 'is'} trained"
+    rest = f"{other[0]} stays as in the base" if other else "each on its own"
+    return [
+        f"{pair[0]} and {pair[1]} share one weight in the base; {what}, {rest}. A merge writes them untied."
+    ]
+
+
+def detach(model: nn.Module, name: str = "default") -> None:
+    """Take an adapter out of a model; with the last one the model is as it was before the first.
+
+    Raises:
+        AdapterError: The model has no such adapter.
+    """
+    adapter(model, name)
+    record = attachments(model)
+    set_active(model, [other for other in record.active if other != name])
+    del record.adapters[name]
+    for path, module in adapter_modules(model).items():
+        holder = module.copies if isinstance(module, SavedModule) else module.adapters
+        if name in holder:
+            del holder[name]
+        if not holder:
+            replace_module(model, path, unwrapped(module))
+    if not record.adapters:
+        for parameter in record.frozen:
+            parameter.requires_grad_(True)
+        del model.graft_attachments
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path of a model; it takes over the training mode of what was there."""
+    parent, _, leaf = path.rpartition(".")
+    module.train(model.get_submodule(path).training)
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,184 @@
+"""Which adapters a model carries and which of them act."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from graft.adapters.adapted import AdaptedLayer, SavedModule
+from graft.config import closest
+from graft.errors import AdapterError
+
+
+@dataclass(eq=False)
+class Adapter:
+    """A named adapter in a model."""
+
+    name: str
+    """What it is called in this model."""
+    config: Any
+    """Its settings, such as a LoraConfig."""
+    targets: tuple[str, ...]
+    """Paths of the layers that carry it, in the order of the model."""
+    saved_modules: tuple[str, ...]
+    """Paths of the modules that it trains in full."""
+    num_trainable: int
+    """Numbers in its tensors."""
+    trainable: bool = True
+    """Whether its tensors get gradients while it is active."""
+    notes: list[str] = field(default_factory=list)
+    """What its user should know: tied embeddings, a base that differs, options that were left aside."""
+    forced_base: bool = False
+    """Whether it was put on a base that it was not trained on."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What its file says about how it was made."""
+
+
+@dataclass(eq=False)
+class Attachments:
+    """What graft remembers on a model that carries adapters."""
+
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    frozen: list[nn.Parameter] = field(default_factory=list)
+    """Base parameters that took gradients before the first adapter came."""
+
+
+def attachments(model: nn.Module) -> Attachments:
+    """The model's record of its adapters; an empty one where it has none."""
+    found = getattr(model, "graft_attachments", None)
+    return found if isinstance(found, Attachments) else Attachments()
+
+
+def adapters_of(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters in a model by name, in the order in which they came."""
+    return dict(attachments(model).adapters)
+
+
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that act now."""
+    return attachments(model).active
+
+
+def adapter(model: nn.Module, name: str) -> Adapter:
+    """The adapter of a name.
+
+    Raises:
+        AdapterError: The model has none of that name.
+    """
+    known = attachments(model).adapters
+    if name not in known:
+        near = closest(name, known)
+        there = f"did you mean {near!r}?" if near else f"adapters there: {', '.join(known) or 'none'}"
+        raise AdapterError(f"the model has no adapter {name!r}", where="name", fix=there)
+    return known[name]
+
+
+def adapter_modules(model: nn.Module) -> dict[str, AdaptedLayer | SavedModule]:
+    """All modules that stand for a base module, by the path of what they stand for."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, AdaptedLayer | SavedModule)}
+
+
+def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
+    """The tensors of one adapter, in the order of the model.
+
+    Args:
+        model: A model that carries it.
+        name: The adapter.
+
+    Returns:
+        fp32 parameters by the keys that PEFT files have after "base_model.model.", such as
+        "model.layers.0.self_attn.q_proj.lora_A.weight".
+
+    Raises:
+        AdapterError: The model has no such adapter.
+    """
+    adapter(model, name)
+    found: dict[str, nn.Parameter] = {}
+    for path, module in adapter_modules(model).items():
+        for leaf, tensor in _tensors(module, name).items():
+            found[f"{path}.{leaf}" if path else leaf] = tensor
+    return found
+
+
+def _tensors(module: AdaptedLayer | SavedModule, name: str) -> dict[str, nn.Parameter]:
+    if isinstance(module, SavedModule):
+        return module.tensors(name) if name in module.copies else {}
+    if name not in module.adapters:
+        return {}
+    layer: Any = module.adapters[name]
+    tensors: dict[str, nn.Parameter] = layer.tensors()
+    return tensors
+
+
+def set_active(model: nn.Module, names: str | Sequence[str] | None) -> None:
+    """Choose the adapters that act; the updates of several add up.
+
+    Only the active ones' tensors get gradients, and only if they are trainable.
+
+    Args:
+        model: A model with adapters.
+        names: One name, several, or None for the plain base.
+
+    Raises:
+        AdapterError: No such adapter, or two of them train the same module in full.
+    """
+    chosen = () if names is None else (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    for name in chosen:
+        adapter(model, name)
+    record = attachments(model)
+    modules = adapter_modules(model)
+    for path, module in modules.items():
+        if isinstance(module, SavedModule):
+            holders = [name for name in chosen if name in module.copies]
+            if len(holders) > 1:
+                raise AdapterError(
+                    f"{' and '.join(holders)} each train {path} in full; only one can act",
+                    where=path,
+                    fix="activate one of them",
+                )
+    record.active = chosen
+    for module in modules.values():
+        module.activate(chosen)
+        for name in record.adapters:
+            trains = name in chosen and record.adapters[name].trainable
+            for tensor in _tensors(module, name).values():
+                tensor.requires_grad_(trains)
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is the plain base; afterwards the same adapters act as before."""
+    modules = adapter_modules(model).values()
+    before = [(module, module.active) for module in modules]
+    try:
+        for module in modules:
+            module.active = ()
+        yield
+    finally:
+        for module, active in before:
+            module.active = active
+
+
+def base_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of the base under the names that they have without adapters, as `state_dict` orders them."""
+    inner: list[tuple[str, str]] = []
+    for path, module in adapter_modules(model).items():
+        if isinstance(module, SavedModule):
+            inner += [(f"{path}.original.", f"{path}."), (f"{path}.copies.", "")]
+        else:
+            inner += [(f"{path}.base_layer.", f"{path}."), (f"{path}.adapters.", "")]
+    renames = dict(inner)
+    marks = re.compile(r".*?\.(?:original|base_layer|copies|adapters)\.")
+    for name, tensor in model.state_dict().items():
+        mark = marks.match(name)
+        prefix = mark[0] if mark and mark[0] in renames else ""
+        if not prefix:
+            yield name, tensor
+        elif renames[prefix]:
+            yield renames[prefix] + name.removeprefix(prefix), tensor

@@ -1,0 +1,198 @@
+"""The LoRA layers: y = W x + scaling * B A x over a frozen linear, and the same over an embedding.
+
+Shapes: x (..., in), y (..., out), lora_A (rank, in), lora_B (out, rank); N is the number of rows of x.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from graft.models.layers import BaseLayer
+
+
+class LoraLinear(nn.Module):
+    """The update of a linear layer, dense or quantized, in either layout.
+
+    Args:
+        in_features: Length of x.
+        out_features: Length of y.
+        rank: Rows of lora_A.
+        scaling: Factor on B A.
+        dropout: Share of x set to zero in training, for the update only.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, scaling: float, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.scaling = scaling
+        self.dropout = dropout
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32))
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in lora_A and lora_B."""
+        return self.lora_A.numel() + self.lora_B.numel()
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The trainable tensors by the names that PEFT files give them."""
+        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """Add the update to the base output.
+
+        Args:
+            x: (..., in), the input of the base layer.
+            base_output: (..., out); it may be overwritten with the result.
+            base: The layer below.
+
+        Returns:
+            (..., out) in the dtype of base_output.
+        """
+        if x.dtype != base_output.dtype:
+            x = x.to(base_output.dtype)
+        if self.training and self.dropout:
+            x = functional.dropout(x, self.dropout)
+        # A view, or an output that a hook may have kept, must not change under its holder.
+        fresh = base.kind == "linear" and not base_output._is_view() and not base.module._forward_hooks
+        update: Tensor = LoraUpdate.apply(x, base_output, self.lora_A, self.lora_B, self.scaling, fresh)
+        return update
+
+    def reference_forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """The same in plain differentiable torch operations: what `forward` is tested against."""
+        x = x.to(base_output.dtype)
+        if self.training and self.dropout:
+            x = functional.dropout(x, self.dropout)
+        down = functional.linear(x, self.lora_A.to(x.dtype))
+        return base_output + functional.linear(down, self.lora_B.to(x.dtype)) * self.scaling
+
+    def merged_weight(self, base: BaseLayer, weight: Tensor) -> Tensor:
+        """W + scaling * B A.
+
+        Args:
+            base: The layer below.
+            weight: Its weight (out, in), fp32; not changed.
+        """
+        return _folded(weight, self.lora_A, self.lora_B, self.scaling)
+
+
+class LoraUpdate(Function):
+    """base_output + scaling * (x A') B' with its own backward.
+
+    Kept for backward: x, which the three layers that share an input share too, and x A' (N, rank). Neither
+    B A nor a gradient for the base weight is ever made.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base_output: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        in_place: bool,
+    ) -> Tensor:
+        """One dtype in x (..., in) and base_output (..., out); in_place writes into base_output."""
+        out_features, in_features = lora_B.shape[0], lora_A.shape[1]
+        with _no_autocast(x.device.type):
+            down = x.reshape(-1, in_features) @ lora_A.to(x.dtype).t()
+            flat = base_output.view(-1, out_features) if in_place else base_output.reshape(-1, out_features)
+            up = lora_B.to(x.dtype).t()
+            if in_place:
+                flat.addmm_(down, up, alpha=scaling)
+                ctx.mark_dirty(base_output)
+                result = base_output
+            else:
+                result = torch.addmm(flat, down, up, alpha=scaling).view(base_output.shape)
+        ctx.scaling = scaling
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, down, lora_A, lora_B)
+        ctx.x_shape = x.shape
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients to x, base_output, lora_A and lora_B."""
+        x, down, lora_A, lora_B = ctx.saved_tensors
+        needs_x, needs_base, needs_A, needs_B = ctx.needs_input_grad[:4]
+        grad_x = grad_A = grad_B = None
+        with _no_autocast(grad.device.type):
+            flat = grad.reshape(-1, lora_B.shape[0])
+            if needs_x or needs_A:
+                grad_down = (flat @ lora_B.to(grad.dtype)).mul_(ctx.scaling)
+                if needs_x:
+                    grad_x = (grad_down @ lora_A.to(grad.dtype)).view(ctx.x_shape)
+                if needs_A:
+                    grad_A = (grad_down.t() @ x.reshape(-1, lora_A.shape[1])).to(lora_A.dtype)
+            if needs_B:
+                grad_B = (flat.t() @ down).to(lora_B.dtype).mul_(ctx.scaling)
+        return grad_x, grad if needs_base else None, grad_A, grad_B, None, None
+
+
+class LoraEmbedding(nn.Module):
+    """The update of an embedding: row t changes by scaling * B A[:, t].
+
+    Args:
+        in_features: Number of rows (tokens).
+        out_features: Dimension of a row.
+        rank: Rows of lora_embedding_A.
+        scaling: Factor on B A.
+        dropout: Not used: there is no input vector to drop from.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, scaling: float, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.scaling = scaling
+        self.lora_embedding_A = nn.Parameter(torch.zeros(rank, in_features, dtype=torch.float32))
+        self.lora_embedding_B = nn.Parameter(torch.empty(out_features, rank, dtype=torch.float32))
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in lora_embedding_A and lora_embedding_B."""
+        return self.lora_embedding_A.numel() + self.lora_embedding_B.numel()
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The trainable tensors by the names that PEFT files give them."""
+        return {"lora_embedding_A": self.lora_embedding_A, "lora_embedding_B": self.lora_embedding_B}
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """Add the update to the base output.
+
+        Args:
+            x: Token ids, any shape.
+            base_output: x.shape + (out,), with the scale that Gemma gives its embeddings already in it.
+            base: The layer below.
+        """
+        padding: int | None = getattr(base.module, "padding_idx", None)
+        down = functional.embedding(x, self.lora_embedding_A.t(), padding)
+        up = functional.linear(down, self.lora_embedding_B) * (self.scaling * base.output_scale)
+        return base_output + up.to(base_output.dtype)
+
+    reference_forward = forward
+
+    def merged_weight(self, base: BaseLayer, weight: Tensor) -> Tensor:
+        """W + scaling * B A, where W is (out, in) = (dimension, tokens), fp32; not changed."""
+        return _folded(weight, self.lora_embedding_A, self.lora_embedding_B, self.scaling)
+
+
+def _folded(weight: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
+    with torch.no_grad():
+        return torch.addmm(weight, up.to(weight.device), down.to(weight.device), alpha=scaling)
+
+
+def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    # The operands have one dtype already; autocast would split them again.
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

@@ -1,0 +1,245 @@
+"""target_modules to layers of a model, or an error that names what is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NoReturn
+
+from torch import nn
+
+from graft.adapters.adapted import AdaptedLayer, SavedModule, unwrapped
+from graft.adapters.patterns import Selector
+from graft.config import closest
+from graft.errors import TargetError
+from graft.models.layers import BaseLayer
+
+ALL_LINEAR = "all-linear"
+"""Every linear and Conv1D layer but the output head."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What an adapter's settings say about where it goes."""
+
+    target_modules: str | tuple[str, ...]
+    exclude_modules: str | tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    """Names of the containers that `layers` counts; any where empty (PEFT's layers_pattern)."""
+    modules_to_save: tuple[str, ...] = ()
+
+
+def base_layers(model: nn.Module) -> dict[str, BaseLayer]:
+    """All layers that can carry an adapter, by path, in the order of the model.
+
+    Layers that carry some already are found at their own path, seen without them.
+    """
+    return dict(_walk(model, ""))
+
+
+def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, BaseLayer]]:
+    if isinstance(module, AdaptedLayer):
+        yield path, module.base
+        return
+    module = unwrapped(module)
+    base = BaseLayer.of(module)
+    if base is not None:
+        yield path, base
+        return
+    for name, child in module.named_children():
+        yield from _walk(child, f"{path}.{name}" if path else name)
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that makes the logits of a transformers model, without adapters; None for other modules."""
+    ask = getattr(model, "get_output_embeddings", None)
+    head = ask() if callable(ask) else None
+    return unwrapped(head) if isinstance(head, nn.Module) else None
+
+
+def tied_pair(model: nn.Module) -> tuple[str, str] | None:
+    """Paths of the input embedding and the output head where they share one weight."""
+    head = output_head(model)
+    ask = getattr(model, "get_input_embeddings", None)
+    inputs = ask() if callable(ask) else None
+    if head is None or not isinstance(inputs, nn.Module):
+        return None
+    inputs = unwrapped(inputs)
+    if inputs is head or getattr(inputs, "weight", None) is not getattr(head, "weight", head):
+        return None
+    paths = {id(base.module): path for path, base in _walk(model, "")}
+    found = paths.get(id(inputs)), paths.get(id(head))
+    return (found[0], found[1]) if found[0] is not None and found[1] is not None else None
+
+
+def select_targets(model: nn.Module, selection: Selection, *, strict: bool = True) -> dict[str, BaseLayer]:
+    """The layers that a setting selects.
+
+    Args:
+        model: A model, with or without adapters.
+        selection: What to select.
+        strict: Refuse names and block numbers that select nothing while others select something; files of
+            other tools may carry such names.
+
+    Returns:
+        Layers by path in the order of the model; empty only where target_modules is empty.
+
+    Raises:
+        TargetError: Nothing is selected, or (strict) a part of the setting has no effect.
+    """
+    if not selection.target_modules:
+        return {}
+    layers = base_layers(model)
+    kept = Selector(selection.modules_to_save, "adapter.modules_to_save")
+    targets = _by_name(model, layers, selection, strict)
+    targets = {path: base for path, base in targets.items() if not kept.selects_inside(path)}
+    excluded = Selector(selection.exclude_modules, "adapter.exclude_modules")
+    left = {path: base for path, base in targets.items() if not excluded.selects(path)}
+    if strict and excluded.unused:
+        _refuse(model, layers, "exclude_modules", excluded.unused, "among the targets")
+    left = _in_blocks(model, left, selection, strict)
+    if not left:
+        raise TargetError(
+            f"no layer is left: exclude_modules and modules_to_save take out all {len(targets)} targets",
+            where="adapter.exclude_modules",
+            fix="exclude fewer",
+        )
+    return left
+
+
+def _by_name(
+    model: nn.Module, layers: dict[str, BaseLayer], selection: Selection, strict: bool
+) -> dict[str, BaseLayer]:
+    setting = selection.target_modules
+    if setting == ALL_LINEAR:
+        head = output_head(model)
+        found = {
+            path: base
+            for path, base in layers.items()
+            if base.kind != "embedding" and base.module is not head
+        }
+        if not found:
+            _refuse(model, layers, "target_modules", [ALL_LINEAR])
+        return found
+    selector = Selector(setting, "adapter.target_modules")
+    found = {path: base for path, base in layers.items() if selector.selects(path)}
+    if selector.unused and (strict or not found):
+        _refuse_containers(model, selector.unused)
+        _refuse(model, layers, "target_modules", selector.unused)
+    return found
+
+
+def _in_blocks(
+    model: nn.Module, targets: dict[str, BaseLayer], selection: Selection, strict: bool
+) -> dict[str, BaseLayer]:
+    if selection.layers is None:
+        return targets
+    numbers = {path: block_number(path, selection.layers_pattern) for path in targets}
+    found = {path: base for path, base in targets.items() if numbers[path] in selection.layers}
+    missing = sorted(set(selection.layers) - set(numbers.values()))
+    if missing and (strict or not found):
+        known = sorted({number for number in numbers.values() if number is not None})
+        there = f"{known[0]} to {known[-1]}" if known else "none"
+        raise TargetError(
+            f"layers {missing[:20]} hold no target in {_label(model)}",
+            where="adapter.layers",
+            fix=f"blocks with targets there: {there}",
+        )
+    return found
+
+
+def block_number(path: str, containers: tuple[str, ...] = ()) -> int | None:
+    """The number of the block that a path lies in: of its first "name.number." part.
+
+    Args:
+        path: Dotted path of a layer.
+        containers: Names that may stand before the number; any where empty.
+    """
+    for match in re.finditer(r"(?:^|\.)([^.]+)\.(\d+)(?=\.)", path):
+        if not containers or match[1] in containers:
+            return int(match[2])
+    return None
+
+
+def select_saved(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Module]:
+    """The modules that modules_to_save names, by path: those whose path ends with a name.
+
+    Raises:
+        TargetError: A name fits no module with parameters, or a module whose weight is quantized.
+    """
+    selector = Selector(names, "adapter.modules_to_save")
+    found: dict[str, nn.Module] = {}
+    candidates: set[str] = set()
+    for path, module in _modules(model, ""):
+        if next(module.parameters(), None) is None:
+            continue
+        candidates.add(path.rpartition(".")[2])
+        if path and selector.selects(path) and not any(path.startswith(f"{outer}.") for outer in found):
+            found[path] = module
+    if selector.unused:
+        name = selector.unused[0]
+        raise TargetError(
+            f"modules_to_save {selector.unused[:10]} fit no module with parameters of {_label(model)}",
+            where="adapter.modules_to_save",
+            fix=_did_you_mean(name, candidates - {""}),
+        )
+    for path in found:
+        inside = (base for inner, base in base_layers(model).items() if f"{inner}.".startswith(f"{path}."))
+        if any(base.quantized for base in inside):
+            raise TargetError(
+                f"{path} is quantized and cannot be trained in full",
+                where="adapter.modules_to_save",
+                fix="keep it dense with quantization.skip_modules, or make it a target",
+            )
+    return found
+
+
+def _modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    yield path, module
+    if isinstance(module, AdaptedLayer | SavedModule):
+        return
+    for name, child in module.named_children():
+        yield from _modules(child, f"{path}.{name}" if path else name)
+
+
+def _refuse_containers(model: nn.Module, names: list[str]) -> None:
+    selector = Selector(names, "adapter.target_modules")
+    for path, module in _modules(model, ""):
+        if selector.selects(path) and unwrapped(module) is module:
+            raise TargetError(
+                f"{path} is a {type(module).__name__}, which cannot carry an adapter",
+                where="adapter.target_modules",
+                fix="name the linear layers inside it, or train it in full with modules_to_save",
+            )
+
+
+def _refuse(
+    model: nn.Module, layers: dict[str, BaseLayer], field: str, names: list[str], among: str = ""
+) -> NoReturn:
+    there = sorted({path.rpartition(".")[2] for path in layers})
+    shown = names[:5] + ([f"... and {len(names) - 5} more"] if len(names) > 5 else [])
+    matched = f"matched no layer {among}".strip()
+    if len(names) == 1 and names[0] in there:
+        fix = f'a plain string is a regular expression for the whole path: write the list ["{names[0]}"]'
+    else:
+        fix = _did_you_mean(names[0], there)
+    raise TargetError(
+        f"{field} {[name[:80] for name in shown]} {matched} of {_label(model)}. "
+        f"Linear layers and embeddings there: {' '.join(there[:60])}",
+        where=f"adapter.{field}",
+        fix=fix,
+    )
+
+
+def _did_you_mean(name: str, names: set[str] | list[str]) -> str:
+    near = closest(name.rpartition(".")[2], names)
+    if near:
+        return f'did you mean {near!r}? Or use "all-linear"'
+    return f"one of: {' '.join(sorted(names)[:60])}"
+
+
+def _label(model: nn.Module) -> str:
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    return f"{getattr(model, 'graft_name', 'the model')} ({kind})"
