@@ -1,0 +1,153 @@
+"""From a config.json to an empty transformers model with everything in it but the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graft.config import closest
+from graft.errors import ModelError, StorageError
+from graft.files import read_json
+
+
+def read_config(directory: Path) -> Any:
+    """Read and check the config of a causal language model.
+
+    Args:
+        directory: It holds config.json.
+
+    Returns:
+        transformers' config object.
+
+    Raises:
+        ModelError: It is not JSON, of an unknown kind of model, not a causal language model, asks for code of
+            its own, or describes weights that are already quantized.
+    """
+    # Imported on use: transformers' model registry takes seconds.
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    path = directory / "config.json"
+    try:
+        raw = read_json(path)
+    except StorageError as error:
+        raise ModelError(error.what, where=str(path), fix="download it again") from error
+    if not isinstance(raw, dict):
+        raise ModelError(
+            f"the config is {type(raw).__name__}, not an object", where=str(path), fix="download it again"
+        )
+    _check_kind(raw, path)
+    if raw.get("quantization_config"):
+        method = dict(raw["quantization_config"]).get("quant_method", "another library")
+        raise ModelError(
+            f"the weights are already quantized by {method}",
+            where=str(path),
+            fix="give the original model; graft quantizes it as it loads (quantization: nf4)",
+        )
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, OSError) as error:
+        raise ModelError(
+            f"the config is not one of a {raw['model_type']} model ({' '.join(str(error).split())})",
+            where=str(path),
+            fix="download it again",
+        ) from error
+
+
+def _check_kind(raw: dict[str, Any], path: Path) -> None:
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    kind = raw.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        if raw.get("auto_map"):
+            raise ModelError(
+                f"the model brings its own code (model_type {kind!r}), and graft runs no code from a model",
+                where=str(path),
+                fix="use a model that transformers knows by itself, or a newer transformers",
+            )
+        near = closest(str(kind), CAUSAL)
+        raise ModelError(
+            f"the model_type {kind!r} is not known to this transformers",
+            where=str(path),
+            fix=f"did the file mean {near!r}? Otherwise update transformers",
+        )
+    names = raw.get("architectures") or []
+    known = {name for value in CAUSAL.values() for name in ([value] if isinstance(value, str) else value)}
+    if kind not in CAUSAL or (names and not known.intersection(names)):
+        raise ModelError(
+            f"{', '.join(map(str, names)) or kind} is not a causal language model",
+            where=str(path),
+            fix="give a model of a ...ForCausalLM class (llama, qwen3, gemma2, phi3, gpt2, ...)",
+        )
+
+
+def build_empty(config: Any, dtype: torch.dtype, directory: Path) -> Any:
+    """Make the model without memory for its weights.
+
+    Args:
+        config: Of a causal language model.
+        dtype: In which the model computes.
+        directory: Where its generation_config.json may be.
+
+    Returns:
+        The model in eval mode: parameters on the meta device, computed buffers (rotary frequencies, embedding
+        scales) real and right.
+
+    Raises:
+        ModelError: The architecture does not say how one of its buffers is computed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    _compute_buffers(model)
+    _read_generation(model, directory)
+    return model.eval()
+
+
+def _compute_buffers(model: Any) -> None:
+    # The model's own initialization computes them; on parameters of the meta device it does nothing.
+    buffers = dict(model.named_non_persistent_buffers())
+    for name, buffer in buffers.items():
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        setattr(owner, leaf, torch.full_like(buffer, _untouched(buffer.dtype), device="cpu"))
+        owner._is_hf_initialized = False  # transformers' mark of modules that initialize_weights leaves alone
+    model.initialize_weights()
+    for name in buffers:
+        value = model.get_buffer(name)
+        if bool(_is_untouched(value).any()):
+            raise ModelError(
+                f"{type(model).__name__} does not say how its buffer {name!r} is computed",
+                where=name,
+                fix="this architecture cannot be loaded; see the supported families",
+            )
+
+
+def _untouched(dtype: torch.dtype) -> float | int:
+    if dtype.is_floating_point:
+        return float("nan")
+    return 1 if dtype == torch.bool else torch.iinfo(dtype).min
+
+
+def _is_untouched(value: torch.Tensor) -> torch.Tensor:
+    if value.is_floating_point():
+        return value.isnan()
+    return torch.zeros_like(value) if value.dtype == torch.bool else value == _untouched(value.dtype)
+
+
+def _read_generation(model: Any, directory: Path) -> None:
+    from transformers import GenerationConfig
+
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"cannot be read ({' '.join(str(error).split())})", where=str(path), fix="download or remove it"
+        ) from error

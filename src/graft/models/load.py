@@ -1,0 +1,299 @@
+"""Base models into memory: built empty, filled tensor by tensor, quantized as they stream.
+
+The model classes are transformers' own; what fills them is here. Where the files are is locate.py's, what
+they hold shards.py's, and which tensor goes where keys.py's business.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.config import closest
+from graft.errors import ModelError
+from graft.models.architecture import build_empty, read_config
+from graft.models.fingerprint import (
+    Fingerprint,
+    WeightsDigest,
+    chat_template_digest,
+    fingerprint_of,
+    quantization_key,
+    tokenizer_digest,
+)
+from graft.models.keys import Fill, check_complete, check_finite, plan_fills
+from graft.models.locate import resolve
+from graft.models.shards import StoredTensor, open_checkpoint
+from graft.models.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from graft.quant.config import QuantizationConfig
+
+__all__ = ["BaseModel", "load", "load_tokenizer", "random_model", "resolve"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The dtypes in which a base model may compute."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class BaseModel:
+    """A base model, ready to run or to carry adapters."""
+
+    model: Any
+    """transformers' model of this architecture, in eval mode."""
+
+    tokenizer: Any
+    """transformers' tokenizer from the same directory."""
+
+    name: str
+    """What was asked for: a directory, a hub id or "builtin"."""
+
+    path: Path
+    """The directory that the files were read from."""
+
+    fingerprint: Fingerprint
+    quantization: QuantizationConfig | None
+    dtype: torch.dtype
+    """In which the model computes, and in which dense weights are kept."""
+
+    revision: str | None = None
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    quantization: QuantizationConfig | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> BaseModel:
+    """Load a causal language model for inference or as the frozen base of adapters.
+
+    Args:
+        name: A directory, a hub id, or "builtin".
+        quantization: How linears are stored, or only its quant_type ("nf4"). Embeddings and output head stay
+            dense.
+        dtype: Of computation and of dense weights: "float32", "bfloat16" or "float16". By default float32
+            where the files are float32, else bfloat16.
+        revision: Branch, tag or commit of a hub id.
+        device: Where the weights go; the CPU by default.
+        progress: Called with (bytes read, bytes in all) after each tensor.
+
+    Returns:
+        The model in eval mode with its tokenizer and fingerprint. It is an ordinary transformers model;
+        linears of a quantized one are `graft.quant.linear.QuantizedLinear`.
+
+    Raises:
+        ModelError: The model is not there, not a causal language model, needs its own code, or its files are
+            damaged; the message names file and tensor.
+
+    Cost: the memory of the finished model plus one tensor as stored; each byte is read once.
+    """
+    path = resolve(name, revision)
+    settings = _quantization(quantization)
+    config = read_config(path)
+    stored = open_checkpoint(path)
+    wanted = _dtype(dtype, stored)
+    tokenizer = load_tokenizer(path)
+    model = build_empty(config, wanted, path)
+    digest = WeightsDigest()
+    filler = _Filler(model, settings, wanted, torch.device(device or "cpu"))
+    fills = plan_fills(model, stored)
+    if all(fill.converter is None for fill in fills):  # only then are all names known before reading
+        check_complete(model, filler.expected, [fill.target for fill in fills], stored, path)
+    filler.fill(fills, _reader(digest, fills, progress))
+    check_complete(model, filler.expected, filler.filled, stored, path)
+    filler.finish()
+    fingerprint = Fingerprint(
+        digest.hexdigest(),
+        tokenizer_digest(tokenizer),
+        chat_template_digest(tokenizer),
+        quantization_key(settings),
+    )
+    base = BaseModel(model, tokenizer, os.fspath(name), path, fingerprint, settings, wanted, revision)
+    return _labelled(base)
+
+
+def random_model(
+    name: str | os.PathLike[str], seed: int, *, dtype: torch.dtype | str = "float32"
+) -> BaseModel:
+    """A model of the same configuration and tokenizer with transformers' own random weights.
+
+    Args:
+        name: As for `load`; the weights there are not read.
+        seed: Of the initialization; the global random state is left as it was.
+        dtype: Of computation and weights.
+
+    Raises:
+        ModelError: As for `load`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = resolve(name)
+    config = read_config(path)
+    tokenizer = load_tokenizer(path)
+    wanted = _dtype(dtype, [])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted).eval()
+    fingerprint = Fingerprint(
+        fingerprint_of(model).weights, tokenizer_digest(tokenizer), chat_template_digest(tokenizer), ""
+    )
+    return _labelled(BaseModel(model, tokenizer, os.fspath(name), path, fingerprint, None, wanted))
+
+
+def _labelled(base: BaseModel) -> BaseModel:
+    base.model.graft_fingerprint = base.fingerprint
+    base.model.graft_name = base.name
+    return base
+
+
+def _quantization(value: QuantizationConfig | str | None) -> QuantizationConfig | None:
+    if not isinstance(value, str):
+        return value
+    # Imported on use: a dense model needs no quantizer.
+    from graft.quant.config import QuantizationConfig
+
+    return QuantizationConfig(quant_type=value)  # type: ignore[arg-type]
+
+
+def _dtype(value: torch.dtype | str | None, stored: Iterable[StoredTensor]) -> torch.dtype:
+    if value is None:
+        sizes: dict[torch.dtype, int] = {}
+        for tensor in stored:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+        return torch.float32 if max(sizes, key=lambda kind: sizes[kind]) == torch.float32 else torch.bfloat16
+    text = str(value).removeprefix("torch.")
+    if text not in DTYPES:
+        near = closest(text, DTYPES)
+        raise ModelError(
+            f"a base model cannot compute in {text!r}",
+            where="model.dtype",
+            fix=f"did you mean {near!r}?" if near else f"one of: {', '.join(DTYPES)}",
+        )
+    return DTYPES[text]
+
+
+def _reader(
+    digest: WeightsDigest, fills: list[Fill], progress: Progress | None
+) -> Callable[[StoredTensor], Tensor]:
+    total = sum(source.nbytes for fill in fills for source in fill.sources)
+    done = 0
+
+    def read(source: StoredTensor) -> Tensor:
+        nonlocal done
+        tensor = source.load()
+        check_finite(tensor, source)
+        digest.update(source.name, tensor)
+        done += source.nbytes
+        if progress is not None:
+            progress(done, total)
+        return tensor
+
+    return read
+
+
+class _Filler:
+    """Puts tensors into an empty model, quantizing those of linears."""
+
+    def __init__(
+        self, model: Any, quantization: QuantizationConfig | None, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.model = model
+        self.quantization = quantization
+        self.dtype = dtype
+        self.device = device
+        self.filled: set[str] = set()
+        self.expected = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        self._quantized = set() if quantization is None else set(select_linears(model, quantization))
+
+    def fill(self, fills: list[Fill], read: Callable[[StoredTensor], Tensor]) -> None:
+        for fill in fills:
+            for name, tensor in fill.realize(read, self.model).items():
+                self._place(name, tensor, fill)
+
+    def _place(self, name: str, tensor: Tensor, fill: Fill) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        self.filled.add(name)
+        if leaf == "weight" and path in self._quantized:
+            self.model.set_submodule(path, self._quantize(module, tensor))
+            return
+        old = getattr(module, leaf)
+        if old.shape != tensor.shape:
+            raise ModelError(
+                f"the shape of {name!r} is {list(tensor.shape)}, config.json makes it {list(old.shape)}",
+                where=fill.sources[0].where,
+                fix="use the config.json and the weights of one and the same model",
+            )
+        dtype = self.expected[name] if tensor.is_floating_point() else tensor.dtype
+        value = tensor.to(self.device, dtype)
+        setattr(module, leaf, nn.Parameter(value) if isinstance(old, nn.Parameter) else value)
+
+    def _quantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        from transformers.pytorch_utils import Conv1D
+
+        from graft.quant.linear import QuantizedLinear
+
+        assert self.quantization is not None
+        if isinstance(module, Conv1D):
+            weight = weight.t().contiguous()
+        made = QuantizedLinear.from_weight(weight.to(self.device), None, self.quantization, self.dtype)
+        made.bias = module.bias  # still empty where its own tensor comes later
+        made.train(module.training)
+        return made
+
+    def finish(self) -> None:
+        """Tie what is tied, as the checkpoint has it, and move what was computed instead of read."""
+        missing = set(self.expected) - self.filled
+        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if self.model.config.tie_word_embeddings and head.weight is not embedding.weight:
+            self.model.config.tie_word_embeddings = False  # the files hold two matrices that differ
+        self.model.to(self.device)
+
+
+def select_linears(model: Any, quantization: QuantizationConfig) -> list[str]:
+    """Paths of the layers that a quantization applies to: all linears but the output head and skipped ones.
+
+    Raises:
+        ModelError: A name in skip_modules, or the quantization as a whole, has nothing to act on.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    linears = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
+    for skip in quantization.skip_modules:
+        if not any(_ends_with(path, skip) for path in linears):
+            near = closest(skip, {part for path in linears for part in path.split(".")})
+            raise ModelError(
+                f"skip_modules {skip!r} matches no linear of {type(model).__name__}",
+                where="quantization.skip_modules",
+                fix=f"did you mean {near!r}?" if near else "leave it out",
+            )
+    fused = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+    if fused or not linears:
+        raise ModelError(
+            f"{type(model).__name__} keeps its weights in fused experts such as {fused[0]!r}"
+            if fused
+            else f"{type(model).__name__} has no linears",
+            where="quantization",
+            fix="load it without quantization",
+        )
+    return [path for path in linears if not any(_ends_with(path, skip) for skip in quantization.skip_modules)]
+
+
+def _ends_with(path: str, suffix: str) -> bool:
+    return path == suffix or path.endswith(f".{suffix}")
