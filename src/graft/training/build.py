@@ -30,6 +30,7 @@ from graft.training.checkpoint import Checkpoint, Position, copy_into, load_chec
 from graft.training.config import RunConfig, TrainingConfig
 from graft.training.loop import Job, Training, num_steps
 from graft.training.monitors import Monitor, Silent, peak_memory_bytes
+from graft.training.report import write_run_report
 from graft.training.stopping import StopSignal, stop_before_training
 
 DEFAULT_RATES = {"adapter": 2e-4, "full": 2e-5}
@@ -301,7 +302,7 @@ def _train(
         position = Training(job, checkpoint).run()
     monitor.say(_use_best(job, position, config.training))
     base.model.eval()
-    return _write_results(base, config, run, record, adapter, position, steps)
+    return _write_results(base, config, run, record, adapter, position, steps, count)
 
 
 def _trained(model: nn.Module, adapter: Adapter | None) -> dict[str, nn.Parameter]:
@@ -374,6 +375,7 @@ def _write_results(
     adapter: Adapter | None,
     position: Position,
     steps: int,
+    num_trained: int,
 ) -> Run:
     facts = {"run": run_id(record), "data": record["identity"]["training data"], "steps": position.step}
     if adapter is not None:
@@ -388,9 +390,12 @@ def _write_results(
         "num_tokens": position.num_tokens,
         "best_eval_loss": position.best.loss,
         "best_eval_step": position.best.step if position.best.loss is not None else None,
+        "num_trained": num_trained,
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    run.write_record({**record, "status": "finished", "results": results})
+    record = {**record, "status": "finished", "results": results}
+    run.write_record(record)
+    write_run_report(run, record)
     return Run(
         directory=run.path,
         adapter=run.adapter_path if adapter is not None else None,
