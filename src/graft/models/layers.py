@@ -8,6 +8,8 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
+from graft.quant.linear import QuantizedLinear
+
 Kind = Literal["linear", "conv1d", "embedding"]
 
 
@@ -44,13 +46,9 @@ class BaseLayer:
         Returns:
             The view, or None for any other module and for linears packed by another library.
         """
-        # Imported on use: the view alone must not pull in transformers or the kernels.
+        # Imported on use: transformers takes seconds.
         from transformers.pytorch_utils import Conv1D
 
-        try:
-            from graft.quant.linear import QuantizedLinear
-        except ImportError:
-            QuantizedLinear = ()
         if isinstance(module, QuantizedLinear):
             return BaseLayer(module, "linear", module.in_features, module.out_features, quantized=True)
         weight = getattr(module, "weight", None)
@@ -93,8 +91,8 @@ class BaseLayer:
         Cost: a quantized weight is decoded on every call, a conv1d weight is a transposed view.
         """
         if self.quantized:
-            weight: Tensor = self.module.dense_weight(dtype)  # type: ignore[operator]
-            return weight.detach()
+            assert isinstance(self.module, QuantizedLinear)
+            return self.module.dense_weight(dtype or self.module.compute_dtype)
         weight = self._weight.detach()
         if self.kind != "linear":
             weight = weight.t()

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,8 @@ from graft.models.keys import Fill, check_complete, check_finite, plan_fills
 from graft.models.locate import resolve
 from graft.models.shards import StoredTensor, open_checkpoint
 from graft.models.tokenizer import load_tokenizer
-
-if TYPE_CHECKING:
-    from graft.quant.config import QuantizationConfig
+from graft.quant.config import QuantizationConfig
+from graft.quant.linear import QuantizedLinear
 
 __all__ = ["BaseModel", "load", "load_tokenizer", "random_model", "resolve"]
 
@@ -159,9 +158,6 @@ def _labelled(base: BaseModel) -> BaseModel:
 def _quantization(value: QuantizationConfig | str | None) -> QuantizationConfig | None:
     if not isinstance(value, str):
         return value
-    # Imported on use: a dense model needs no quantizer.
-    from graft.quant.config import QuantizationConfig
-
     return QuantizationConfig(quant_type=value)  # type: ignore[arg-type]
 
 
@@ -225,7 +221,7 @@ class _Filler:
         module = self.model.get_submodule(path)
         self.filled.add(name)
         if leaf == "weight" and path in self._quantized:
-            self.model.set_submodule(path, self._quantize(module, tensor))
+            self.model.set_submodule(path, self._quantize(name, module, tensor))
             return
         old = getattr(module, leaf)
         if old.shape != tensor.shape:
@@ -238,16 +234,20 @@ class _Filler:
         value = tensor.to(self.device, dtype)
         setattr(module, leaf, nn.Parameter(value) if isinstance(old, nn.Parameter) else value)
 
-    def _quantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
+    def _quantize(self, name: str, module: nn.Module, weight: Tensor) -> nn.Module:
         from transformers.pytorch_utils import Conv1D
-
-        from graft.quant.linear import QuantizedLinear
 
         assert self.quantization is not None
         if isinstance(module, Conv1D):
             weight = weight.t().contiguous()
-        made = QuantizedLinear.from_weight(weight.to(self.device), None, self.quantization, self.dtype)
-        made.bias = module.bias  # still empty where its own tensor comes later
+        if weight.dtype not in DTYPES.values():
+            weight = weight.to(torch.float32)
+        made = QuantizedLinear.from_weight(
+            weight.to(self.device), None, self.quantization, self.dtype, where=name
+        )
+        if module.bias is not None:
+            assert isinstance(module.bias, nn.Parameter)
+            made.bias = module.bias  # still empty where its own tensor comes later
         made.train(module.training)
         return made
 

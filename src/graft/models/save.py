@@ -1,0 +1,237 @@
+"""Base models out of memory: dense directories that transformers loads, written tensor by tensor."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.config import closest
+from graft.errors import ModelError
+from graft.files import new_directory, write_json
+from graft.models.fingerprint import Fingerprint, WeightsDigest, chat_template_digest, tokenizer_digest
+from graft.models.shards import DTYPES
+from graft.quant.linear import QuantizedLinear
+
+MAX_SHARD_BYTES = 4 * 2**30
+"""Size at which a new file is begun; a single larger tensor gets a file of its own."""
+
+_HEADER_BYTES = 64 * 2**10  # kept free at the head of a file, filled with blanks as the format allows
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    directory: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Fingerprint:
+    """Write a base model as a dense directory that `AutoModelForCausalLM.from_pretrained` loads.
+
+    Args:
+        model: A transformers model; quantized linears are decoded, one at a time.
+        tokenizer: Written beside it with its chat template; None for none.
+        directory: A new directory; it appears whole or not at all.
+        dtype: Of the floating tensors in the files; by default the model's own.
+        max_shard_bytes: Size at which a new file is begun.
+
+    Returns:
+        The fingerprint that the directory has when it is loaded.
+
+    Raises:
+        ModelError: The model carries adapters or other layers that are not its architecture's.
+        StorageError: The directory exists, or cannot be written.
+
+    Cost: the memory of one tensor besides the model.
+    """
+    config = copy.deepcopy(model.config)
+    if dtype is not None:
+        config.dtype = dtype
+    return save_tensors(
+        checkpoint_tensors(model, dtype),
+        directory,
+        config,
+        tokenizer,
+        max_shard_bytes=max_shard_bytes,
+        architecture=type(model).__name__,
+        generation_config=getattr(model, "generation_config", None),
+    )
+
+
+def save_tensors(
+    tensors: Iterable[tuple[str, Tensor]],
+    directory: str | os.PathLike[str],
+    config: Any,
+    tokenizer: Any,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    architecture: str = "",
+    generation_config: Any = None,
+) -> Fingerprint:
+    """Write a model directory from a stream of tensors.
+
+    Args:
+        tensors: Names as in a checkpoint, and values; each is written before the next one is asked for.
+        directory: A new directory; it appears whole or not at all.
+        config: transformers' config of the model.
+        tokenizer: transformers' tokenizer, or None.
+        max_shard_bytes: Size at which a new file is begun.
+        architecture: Class name for config.json; by default the one that the config already has.
+        generation_config: transformers' GenerationConfig, or None.
+
+    Returns:
+        The fingerprint that the directory has when it is loaded.
+
+    Raises:
+        StorageError: The directory exists, or cannot be written.
+
+    Cost: the memory of one tensor.
+    """
+    digest = WeightsDigest()
+    with new_directory(directory) as partial:
+        _write_shards(tensors, partial, max_shard_bytes, digest)
+        config = copy.deepcopy(config)
+        if architecture:
+            config.architectures = [architecture]
+        config.save_pretrained(partial)
+        if generation_config is not None:
+            generation_config.to_json_file(partial / "generation_config.json")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+    return Fingerprint(digest.hexdigest(), tokenizer_digest(tokenizer), chat_template_digest(tokenizer), "")
+
+
+def checkpoint_tensors(model: Any, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model under their checkpoint names, quantized ones decoded, tied ones once.
+
+    Args:
+        model: A transformers model without adapters.
+        dtype: Of the floating tensors; by default the model's own.
+
+    Yields:
+        (name, tensor), in the order of the model.
+
+    Raises:
+        ModelError: The model has layers that are not its architecture's.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    expected = _empty_twin(model)
+    _check_names(model, expected)
+    for name, tensor in _own_tensors(model, expected, dtype or model.dtype):
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        yield from revert_weight_conversion(model, {name: tensor}).items()
+
+
+def _empty_twin(model: Any) -> Any:
+    """The same architecture without weights: it tells which layout each weight has in a checkpoint."""
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config))
+
+
+def _own_tensors(model: Any, twin: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    from transformers.pytorch_utils import Conv1D
+
+    seen: set[int] = set()
+    persistent = set(twin.state_dict())
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, QuantizedLinear):
+            weight = module.dense_weight(dtype)
+            yield f"{prefix}weight", weight.t() if isinstance(twin.get_submodule(path), Conv1D) else weight
+            if module.bias is not None:
+                yield f"{prefix}bias", module.bias.detach()
+            continue
+        for leaf, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if id(tensor) not in seen and prefix + leaf in persistent:
+                seen.add(id(tensor))
+                yield prefix + leaf, tensor.detach()
+
+
+def _check_names(model: Any, twin: Any) -> None:
+    modules = {path for path, _ in twin.named_modules()}
+    foreign = [path for path, _ in model.named_modules() if path not in modules]
+    if foreign:
+        near = closest(foreign[0], modules)
+        raise ModelError(
+            f"{type(model).__name__} has layers that are not its own, such as {foreign[0]!r}"
+            + (f" in {near!r}" if near else ""),
+            where=foreign[0],
+            fix="detach the adapters, or fold them in with graft merge",
+        )
+
+
+def _write_shards(
+    tensors: Iterable[tuple[str, Tensor]], directory: Path, max_shard_bytes: int, digest: WeightsDigest
+) -> None:
+    shards: list[_Shard] = []
+    for name, tensor in tensors:
+        if not shards or not shards[-1].takes(name, tensor, max_shard_bytes):
+            if shards:
+                shards[-1].close()
+            shards.append(_Shard(directory / f"part-{len(shards)}"))
+        shards[-1].write(name, tensor)
+        digest.update(name, tensor)
+    assert shards, "a model without tensors"
+    shards[-1].close()
+    if len(shards) == 1:
+        shards[0].path.rename(directory / "model.safetensors")
+        return
+    homes: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard.path.rename(directory / file)
+        homes.update(dict.fromkeys(shard.entries, file))
+    total = sum(shard.nbytes for shard in shards)
+    write_json(
+        directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": homes}
+    )
+
+
+class _Shard:
+    """One safetensors file that is written as its tensors come; its header is filled in at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.nbytes = 0
+        self._header_bytes = 200  # of the metadata, generously
+        with open(path, "wb") as file:
+            file.truncate(8 + _HEADER_BYTES)
+
+    def takes(self, name: str, tensor: Tensor, max_bytes: int) -> bool:
+        """Whether one more tensor fits: in size, in the header, and on a multiple of its own item size."""
+        room = self._header_bytes + len(json.dumps(name)) + 200 <= _HEADER_BYTES
+        size = tensor.numel() * tensor.dtype.itemsize
+        return room and self.nbytes + size <= max_bytes and self.nbytes % tensor.dtype.itemsize == 0
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            with open(self.path, "ab") as file:
+                file.write(flat.view(torch.uint8).numpy().data)
+        end = self.nbytes + flat.numel() * flat.dtype.itemsize
+        self.entries[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self.nbytes, end],
+        }
+        self.nbytes = end
+        self._header_bytes += len(json.dumps({name: self.entries[name]}))
+
+    def close(self) -> None:
+        header = json.dumps(
+            {"__metadata__": {"format": "pt"}, **self.entries}, separators=(",", ":")
+        ).encode()
+        assert len(header) <= _HEADER_BYTES, len(header)
+        with open(self.path, "r+b") as file:
+            file.write(_HEADER_BYTES.to_bytes(8, "little") + header.ljust(_HEADER_BYTES))
