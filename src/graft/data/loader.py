@@ -1,0 +1,146 @@
+"""Samples to batches of tensors, in an order that follows from (seed, epoch) alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graft.data.masking import IGNORED, Sample
+from graft.data.packing import pack
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens, each row holding one sample or several after one another.
+
+    Attributes:
+        input_ids: (B, T) long.
+        position_ids: (B, T) long; restarts at 0 at every sample, and at the padding of a row's end.
+        labels: (B, T) long, unshifted; -100 where nothing is learned, always so at a sample's first token.
+        num_tokens: Tokens that are not padding.
+        num_labelled_tokens: Tokens that are learned.
+        sample_ids: For each row the indexes of its samples.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    num_tokens: int
+    num_labelled_tokens: int
+    sample_ids: list[list[int]]
+
+
+class Loader:
+    """Yields the batches of an epoch; it keeps no state, so any place of any epoch can be gone back to.
+
+    Args:
+        samples: What to draw from, at least one.
+        batch_size: Rows of a batch; the last batch of an epoch may have fewer.
+        max_length: Tokens of a packed row, and the most a sample may have.
+        packing: Whether samples share rows.
+        seed: Decides the order, together with the epoch.
+        shuffle: Whether the order changes at all; without it rows come in the order of their first samples.
+        pad_id: The id that fills the ends of rows.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        batch_size: int,
+        max_length: int,
+        packing: bool,
+        seed: int = 0,
+        shuffle: bool = True,
+        pad_id: int = 0,
+    ) -> None:
+        assert samples, "a loader needs samples"
+        assert batch_size > 0
+        self._samples = samples
+        self._lengths = [len(sample.input_ids) for sample in samples]
+        self._batch_size = batch_size
+        self._max_length = max_length
+        self._packing = packing
+        self._seed = seed
+        self._shuffle = shuffle
+        self._pad_id = pad_id
+        self._rows_of: tuple[int, list[list[int]]] = (-1, [])
+
+    def num_batches(self, epoch: int = 0) -> int:
+        """Batches of an epoch; the same for every epoch."""
+        return -(-len(self.rows(epoch)) // self._batch_size)
+
+    def rows(self, epoch: int) -> list[list[int]]:
+        """The sample indexes of each row of an epoch, in order."""
+        key = epoch if self._shuffle else 0
+        if self._rows_of[0] != key:
+            self._rows_of = (key, self._arrange(key))
+        return self._rows_of[1]
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch.
+
+        Args:
+            epoch: Which one, from 0.
+            start: Batches to pass over at the beginning.
+
+        Yields:
+            The batches from `start` on, exactly those that an epoch from its beginning has there.
+        """
+        rows = self.rows(epoch)
+        for begin in range(start * self._batch_size, len(rows), self._batch_size):
+            yield collate(self._samples, rows[begin : begin + self._batch_size], self._pad_id)
+
+    def utilisation(self, epoch: int = 0) -> float:
+        """Share of an epoch's token places that hold no padding."""
+        rows = [sum(self._lengths[index] for index in row) for row in self.rows(epoch)]
+        batches = [rows[begin : begin + self._batch_size] for begin in range(0, len(rows), self._batch_size)]
+        return sum(rows) / sum(max(batch) * len(batch) for batch in batches)
+
+    def _arrange(self, epoch: int) -> list[list[int]]:
+        order = list(range(len(self._samples)))
+        # A string seeds the generator through its digest, the same on every machine.
+        generator = random.Random(f"{self._seed}/{epoch}")
+        if self._shuffle:
+            generator.shuffle(order)
+        if not self._packing:
+            return [[index] for index in order]
+        packed = pack([self._lengths[index] for index in order], self._max_length)
+        rows = [[order[place] for place in row] for row in packed]
+        if self._shuffle:
+            generator.shuffle(rows)
+        else:
+            rows = sorted(sorted(row) for row in rows)
+        return rows
+
+
+def collate(samples: Sequence[Sample], rows: Sequence[Sequence[int]], pad_id: int) -> Batch:
+    """Lay samples into the rows of one batch.
+
+    Args:
+        samples: All samples.
+        rows: For each row the indexes of its samples.
+        pad_id: Fills rows up to the longest.
+    """
+    lengths = [sum(len(samples[index].input_ids) for index in row) for row in rows]
+    width = max(lengths)
+    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    labels = torch.full((len(rows), width), IGNORED, dtype=torch.long)
+    position_ids = torch.zeros((len(rows), width), dtype=torch.long)
+    for number, row in enumerate(rows):
+        begin = 0
+        for index in row:
+            sample = samples[index]
+            end = begin + len(sample.input_ids)
+            input_ids[number, begin:end] = torch.tensor(sample.input_ids)
+            labels[number, begin + 1 : end] = torch.tensor(sample.labels[1:], dtype=torch.long)
+            position_ids[number, begin:end] = torch.arange(end - begin)
+            begin = end
+        position_ids[number, begin:] = torch.arange(width - begin)
+    num_labelled_tokens = int((labels != IGNORED).sum())
+    return Batch(
+        input_ids, position_ids, labels, sum(lengths), num_labelled_tokens, [list(row) for row in rows]
+    )

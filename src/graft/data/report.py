@@ -1,0 +1,77 @@
+"""What became of a file: counts, refused rows, and samples shown as the model sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from graft.data.masking import IGNORED, Sample
+
+LEARNED_MARKS = ("⟦", "⟧")
+"""Stand around what is learned in a shown sample."""
+
+
+@dataclass
+class Report:
+    """What the data is and what was made of it.
+
+    Attributes:
+        path: The file.
+        format: What the rows are.
+        reason: Why they were taken for that.
+        num_rows: Rows read.
+        num_used: Rows that gave samples.
+        num_samples: Samples; more than num_used where long texts were split.
+        rejected: Each row that gave none, and why.
+        num_tokens: Tokens of all samples.
+        num_labelled_tokens: Tokens that are learned.
+        num_end_tokens: Learned tokens that end an answer or a text.
+        longest_tokens: Tokens of the longest sample.
+        num_truncated: Rows whose end was cut away at max_length.
+        num_split: Plain texts that were split into several samples.
+        num_duplicates: Samples that are equal to an earlier one.
+        num_overlap: Samples of an evaluation split that are also in the training split.
+        notes: What the user should know.
+        preview: The first samples, the learned part between ⟦ and ⟧.
+    """
+
+    path: str
+    format: str
+    reason: str
+    num_rows: int = 0
+    num_used: int = 0
+    num_samples: int = 0
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    num_tokens: int = 0
+    num_labelled_tokens: int = 0
+    num_end_tokens: int = 0
+    longest_tokens: int = 0
+    num_truncated: int = 0
+    num_split: int = 0
+    num_duplicates: int = 0
+    num_overlap: int = 0
+    notes: list[str] = field(default_factory=list)
+    preview: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        return asdict(self)
+
+
+def show_sample(sample: Sample, tokenizer: Any) -> str:
+    """The text of a sample, what is learned standing between ⟦ and ⟧."""
+    ids, labels = sample.input_ids, sample.labels
+    changes = [i for i in range(1, len(ids)) if (labels[i] == IGNORED) != (labels[i - 1] == IGNORED)]
+    # Decoding from the beginning each time keeps the spaces that some tokenizers drop at a text's begin.
+    texts = [_decode(ids[:end], tokenizer) for end in [0, *changes, len(ids)]]
+    parts = []
+    for number, begin in enumerate([0, *changes]):
+        part = texts[number + 1][len(texts[number]) :]
+        parts.append(part if labels[begin] == IGNORED else part.join(LEARNED_MARKS))
+    return "".join(parts)
+
+
+def _decode(ids: Sequence[int], tokenizer: Any) -> str:
+    text: str = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text

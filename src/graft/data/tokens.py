@@ -1,0 +1,159 @@
+"""Text to ids such that only what graft means as a control token becomes one.
+
+A tokenizer turns the text "<|im_end|>" into the control token wherever it stands, also where a user merely
+wrote it. Here a copy of the tokenizer knows each control token under a private character instead of its text.
+Text is then only text; a template's own control tokens are swapped for their private characters first. All
+else is the same tokenizer, so the ids are those it gives, exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from graft.errors import DataError
+
+_FIRST_CONTROL = 0xF0000
+_FIRST_QUOTED = 0x100000
+_PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
+
+
+class TextEncoder:
+    """A tokenizer whose control tokens are reached only on purpose.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers; it is read, not changed.
+
+    Attributes:
+        bos_ids: What the tokenizer puts before a text by itself, often one id or nothing.
+        eos_id: The id that ends a text, None where the tokenizer has none.
+        control_ids: Ids of all control tokens.
+
+    Raises:
+        DataError: The tokenizer is not a fast one.
+
+    Cost: building it parses the tokenizer once, under a second for 128,000 entries.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise DataError(
+                f"{type(tokenizer).__name__} is not a fast tokenizer",
+                where=str(getattr(tokenizer, "name_or_path", "")),
+                fix="use a model folder that has a tokenizer.json",
+            )
+        self.tokenizer = tokenizer
+        state = json.loads(backend.to_str())
+        controls = {token["content"]: token["id"] for token in state["added_tokens"] if token["special"]}
+        self._to_private = {text: chr(_FIRST_CONTROL + index) for index, text in enumerate(controls)}
+        self._to_quoted = {text: chr(_FIRST_QUOTED + index) for index, text in enumerate(controls)}
+        self._from_quoted = {ord(char): text for text, char in self._to_quoted.items()}
+        self._controls = _any_of(controls)
+        self._copy = _renamed(state, self._to_private)
+        assert all(self._copy.token_to_id(self._to_private[text]) == id for text, id in controls.items())
+        self.control_ids = frozenset(controls.values()) | _added_ids(state)
+        self.bos_ids = _prefix_ids(tokenizer)
+        self.eos_id: int | None = tokenizer.eos_token_id
+
+    def encode(self, texts: Sequence[str]) -> list[Any]:
+        """Encode many texts at once, nothing added around them.
+
+        Returns:
+            One `tokenizers.Encoding` per text, with `ids` and `offsets` (in characters).
+        """
+        encodings: list[Any] = self._copy.encode_batch(list(texts), add_special_tokens=False)
+        return encodings
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of one text."""
+        found: list[int] = self.encode([text])[0].ids
+        return found
+
+    def starts(self, text: str) -> list[int]:
+        """Where each token of a text begins in it."""
+        return [start for start, _ in self.encode([text])[0].offsets]
+
+    def following_ids(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of a text that stands in the middle of another, and where each begins in it.
+
+        Some tokenizers put a space before whatever they are given; an anchor takes it instead.
+        """
+        for anchor in ("\n", "0", "a", "."):
+            encoding = self.encode([anchor + text])[0]
+            skipped = self.encode([anchor])[0].ids
+            if encoding.ids[: len(skipped)] == skipped:
+                starts = [max(start - 1, 0) for start, _ in encoding.offsets[len(skipped) :]]
+                return encoding.ids[len(skipped) :], starts
+        encoding = self.encode([text])[0]
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
+    def mark_controls(self, rendered: str) -> str:
+        """Make the control tokens of a template's output count, and the quoted ones plain text again."""
+        marked = self._controls.sub(lambda found: self._to_private[found[0]], rendered)
+        return marked.translate(self._from_quoted)
+
+    def spells_control(self, text: str) -> bool:
+        """Whether a text contains the spelling of a control token."""
+        return self._controls.search(text) is not None
+
+    def quote_controls(self, value: Any) -> Any:
+        """Hide the spelling of control tokens from `mark_controls`, in a text or in all texts of a structure."""
+        if isinstance(value, str):
+            return self._controls.sub(lambda found: self._to_quoted[found[0]], value)
+        if isinstance(value, dict):
+            return {name: self.quote_controls(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [self.quote_controls(part) for part in value]
+        return value
+
+
+def private_character(text: str) -> str:
+    """The first character of a text that graft needs for itself, or ""."""
+    found = _PRIVATE.search(text)
+    return found[0] if found else ""
+
+
+def _any_of(texts: Any) -> re.Pattern[str]:
+    longest_first = sorted((text for text in texts if text), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _added_ids(state: dict[str, Any]) -> frozenset[int]:
+    return frozenset(token["id"] for token in state["added_tokens"])
+
+
+def _renamed(state: dict[str, Any], names: dict[str, str]) -> Any:
+    from tokenizers import Tokenizer
+
+    model = state["model"]
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(piece, piece): id for piece, id in vocab.items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:
+        model["merges"] = [merge for merge in model["merges"] if not _touches(merge, names)]
+    for token in state["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    return Tokenizer.from_str(
+        json.dumps({**state, "post_processor": None, "truncation": None, "padding": None})
+    )
+
+
+def _touches(merge: Any, names: dict[str, str]) -> bool:
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return left in names or right in names or left + right in names
+
+
+def _prefix_ids(tokenizer: Any) -> list[int]:
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return list(whole[:start])
+    return []
