@@ -1,0 +1,207 @@
+"""Adapter directories in PEFT's format, written and read, with our graft.json beside its two files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from graft.adapters.adapted import unwrapped
+from graft.adapters.attach import check_name, install
+from graft.adapters.attached import Adapter, adapter, adapter_tensors, adapters_of
+from graft.adapters.base import method_of
+from graft.adapters.peft_config import PeftSettings, read_settings, write_settings
+from graft.adapters.peft_tensors import (
+    PREFIX,
+    WEIGHTS,
+    check_base_copy,
+    check_finite,
+    match,
+    open_weights,
+    read_tensors,
+)
+from graft.adapters.side_file import (
+    FILE,
+    SideFile,
+    base_fingerprint,
+    check_base,
+    read_side_file,
+    settings_digest,
+    tensors_digest,
+)
+from graft.adapters.targets import Selection, select_targets
+from graft.errors import AdapterError, ConfigError, TargetError
+from graft.files import new_directory, write_json
+from graft.models.shards import StoredTensor
+
+CONFIG = "adapter_config.json"
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write an adapter as a directory that PEFT, vLLM and others load.
+
+    The same adapter gives the same bytes. An existing directory of that name is replaced as a whole.
+
+    Args:
+        model: The model that carries it.
+        directory: Where to write.
+        name: Which adapter.
+        facts: What to remember of how it was made (JSON values); by default what it was loaded with.
+
+    Returns:
+        The directory.
+
+    Raises:
+        AdapterError: No such adapter, or one of its tensors is not finite.
+        StorageError: The place cannot be written; what was there is untouched.
+    """
+    from safetensors.torch import save_file
+
+    known = adapter(model, name)
+    tensors = {
+        PREFIX + key: tensor.detach().float().cpu().contiguous()
+        for key, tensor in adapter_tensors(model, name).items()
+    }
+    for key, tensor in tensors.items():
+        check_finite(tensor, key, f"adapter {name!r}")
+    settings = write_settings(model, known)
+    side = SideFile(
+        base_fingerprint(model),
+        tensors_digest(tensors.items()),
+        settings_digest(settings),
+        known.forced_base,
+        dict(known.facts if facts is None else facts),
+    )
+    with new_directory(directory, replace=True) as partial:
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / WEIGHTS).chmod(0o644)
+        write_json(partial / CONFIG, settings)
+        write_json(partial / FILE, side.to_dict())
+    return Path(directory)
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    force_base: bool = False,
+    trainable: bool = False,
+) -> Adapter:
+    """Put an adapter from a directory into a model and make it the active one.
+
+    Every tensor of the file is used, and every tensor that the settings call for must be there, in its shape
+    and finite. Nothing is changed in the model until all of that is known.
+
+    Args:
+        model: The base model, with or without other adapters.
+        directory: Written by graft, PEFT or a tool that speaks PEFT's format.
+        name: What to call it; "default", or the directory's name where "default" is taken.
+        force_base: Accept a base other than the one it was trained on; this is remembered.
+        trainable: Whether its tensors get gradients, to train it further.
+
+    Returns:
+        The adapter, with notes on what its user should know.
+
+    Raises:
+        AdapterError: The files are missing, damaged, hold NaN, do not fit the model, or use an option that is
+            not supported; file and tensor are named.
+        FingerprintError: The adapter belongs to another base.
+    """
+    directory = Path(directory)
+    name = name or _free_name(model, directory)
+    check_name(model, name)
+    settings, raw = read_settings(directory / CONFIG)
+    side = read_side_file(directory)
+    if side is not None and side.settings != settings_digest(raw):
+        raise AdapterError(
+            "the file was changed after the adapter was saved: its digest is not the one in graft.json",
+            where=str(directory / CONFIG),
+            fix=f"restore it, or remove {FILE} if you mean the change; the base is then not checked",
+        )
+    stored = open_weights(directory)
+    forced, notes = check_base(model, side, directory, force=force_base)
+    try:
+        settings = _resolved(model, settings, stored)
+        expected = _expected_shapes(model, settings)
+    except (TargetError, ConfigError) as error:
+        raise AdapterError(error.what, where=f"{directory / CONFIG}: {error.where}", fix=error.fix) from error
+    copies = match(model, expected, stored, directory / WEIGHTS)
+    values = read_tensors(stored, side, directory / WEIGHTS)
+    for key in copies:
+        check_base_copy(model, key, values.pop(key), directory / WEIGHTS)
+    made = install(model, settings.config, settings.selection, name, seed=None, strict=False)
+    for key, tensor in adapter_tensors(model, name).items():
+        with torch.no_grad():
+            tensor.copy_(values[key])
+        tensor.requires_grad_(trainable)
+    made.trainable = trainable
+    made.forced_base = forced or (side is not None and side.forced_base)
+    made.facts = dict(side.facts) if side is not None else {}
+    made.notes += [*notes, *settings.notes]
+    return made
+
+
+def _free_name(model: nn.Module, directory: Path) -> str:
+    if "default" not in adapters_of(model):
+        return "default"
+    return directory.resolve().name.replace(".", "-")
+
+
+def _resolved(model: nn.Module, settings: PeftSettings, stored: dict[str, StoredTensor]) -> PeftSettings:
+    """The settings with PEFT's own ways of naming modules replaced by full paths.
+
+    Raises:
+        TargetError: modules_to_save fits nothing.
+    """
+    selection = settings.selection
+    endings = selection.modules_to_save
+    saved = tuple(
+        path
+        for path, module in model.named_modules()
+        if path and path.endswith(endings) and next(unwrapped(module).parameters(), None) is not None
+    )
+    if endings and not saved:
+        raise TargetError(
+            f"modules_to_save {list(endings)[:10]} fit no module",
+            where="modules_to_save",
+            fix="check the base",
+        )
+    targets = selection.target_modules or tuple(
+        sorted({path for key in stored if (path := _adapted_path(key)) is not None})
+    )
+    selection = dataclasses.replace(selection, target_modules=targets, modules_to_save=saved)
+    config = dataclasses.replace(settings.config, target_modules=targets, modules_to_save=saved)
+    if selection.layers_pattern:  # ours has no such field: say the same in paths
+        found = tuple(select_targets(model, selection, strict=False))
+        selection = Selection(found, modules_to_save=saved)
+        config = dataclasses.replace(config, target_modules=found, exclude_modules=(), layers=None)
+    return dataclasses.replace(settings, config=config, selection=selection)
+
+
+def _adapted_path(key: str) -> str | None:
+    path, mark, _ = key.rpartition(".lora_")
+    return path if mark else None
+
+
+def _expected_shapes(model: nn.Module, settings: PeftSettings) -> dict[str, tuple[int, ...]]:
+    method = method_of(settings.config)
+    expected: dict[str, tuple[int, ...]] = {}
+    for path, base in select_targets(model, settings.selection, strict=False).items():
+        for leaf, shape in method.tensor_shapes(base, settings.config.at(path)).items():
+            expected[f"{path}.{leaf}"] = shape
+    for path in settings.selection.modules_to_save:
+        for leaf, tensor in unwrapped(model.get_submodule(path)).named_parameters():
+            expected[f"{path}.{leaf}"] = tuple(tensor.shape)
+    return expected
