@@ -20,8 +20,8 @@ class DataConfig:
     """Training data: a .jsonl, .json, .csv, .tsv or .txt file, or a directory with a train file."""
     eval: str | None = None
     """Evaluation data, same kinds; rows that are also in the training data are counted and told."""
-    format: Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"] = "auto"
-    """What the columns mean; auto reads it from their names and says why."""
+    format: Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt", "mixed"] = "auto"
+    """What the columns mean; auto reads it from their names for all rows, mixed for each row anew."""
     max_length: int = 1024
     """Longest sample in tokens; also the length of a packed row."""
     packing: bool = True

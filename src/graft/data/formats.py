@@ -81,7 +81,7 @@ class Detected:
     """What a file's rows are.
 
     Attributes:
-        format: "text", "prompt_completion", "messages", "alpaca" or "sharegpt".
+        format: "text", "prompt_completion", "messages", "alpaca", "sharegpt"; or "mixed": each row its own.
         reason: Why, for the user.
         columns: The column that plays each part, where its name is free ("prompt" -> "question").
     """
@@ -127,6 +127,8 @@ def to_example(row: Row, format: str | Detected, *, chat: bool = True) -> Exampl
         DataError: A column is missing or holds something else than it should.
     """
     detected = format if isinstance(format, Detected) else detect([row], format)
+    if detected.format == "mixed":
+        detected = detect([row])
     if isinstance(row.value, str):
         if detected.format != "text":
             raise DataError(
