@@ -1,29 +1,25 @@
 """Every hot numeric operation once: a table of ops and the backends that implement them.
 
-`call` runs an op on the best backend for its tensors, `explain` says which one that is and why. The
-`reference` backend in plain torch has every op; others are announced with `add_backend` and `register`.
+`call` runs an op on the preferred backend of its tensors' device, `explain` says which that is and why. The
+`reference` backend in plain torch has every op; others come in through `add_backend` and `register`.
 """
 
 from __future__ import annotations
 
-from graft.kernels.ops import BLOCKSIZES, fill
-from graft.kernels.reference import ABSMAX_BLOCKSIZE
-from graft.kernels.reference_linear import release_scratch
-from graft.kernels.table import TABLE, Backend, Choice, KernelFallbackWarning, OpSpec, OpTable
+from typing import TYPE_CHECKING, Any
 
-fill(TABLE)
+if TYPE_CHECKING:
+    from graft.kernels.ops import add_backend, call, explain, register, remove_backend, select
+    from graft.kernels.reference_linear import release_scratch
+    from graft.kernels.table import Backend, Choice, KernelFallbackWarning, OpSpec, OpTable
 
-call = TABLE.call
-select = TABLE.select
-explain = TABLE.explain
-register = TABLE.register
-add_backend = TABLE.add_backend
-remove_backend = TABLE.remove_backend
+_HOMES = {
+    **dict.fromkeys(("add_backend", "call", "explain", "register", "remove_backend", "select"), "ops"),
+    "release_scratch": "reference_linear",
+    **dict.fromkeys(("Backend", "Choice", "KernelFallbackWarning", "OpSpec", "OpTable"), "table"),
+}
 
 __all__ = [
-    "ABSMAX_BLOCKSIZE",
-    "BLOCKSIZES",
-    "TABLE",
     "Backend",
     "Choice",
     "KernelFallbackWarning",
@@ -32,9 +28,21 @@ __all__ = [
     "add_backend",
     "call",
     "explain",
-    "fill",
     "register",
     "release_scratch",
     "remove_backend",
     "select",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use: configuration reads sizes from here without torch.
+
+    Raises:
+        AttributeError: There is no such name.
+    """
+    if name not in _HOMES:
+        raise AttributeError(f"module 'graft.kernels' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"graft.kernels.{_HOMES[name]}"), name)

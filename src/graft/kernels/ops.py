@@ -2,51 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from graft.errors import QuantError
+from graft.kernels import bits as reference_bits
 from graft.kernels import reference, reference_linear
+from graft.kernels.sizes import ABSMAX_BLOCKSIZE, BLOCKSIZES
 from graft.kernels.table import REFERENCE, Backend, OpSpec, OpTable
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-BLOCKSIZES = tuple(2**power for power in range(5, 13))
-"""Elements that may share one absmax: 32 to 4096."""
-
-
-def fill(table: OpTable) -> None:
-    """Declare every op in a table and register the reference for each."""
-    table.add_backend(Backend(REFERENCE))
-    for spec, fn in (
-        (
-            OpSpec("encode_blockwise", "values to packed codes and absmax", _check_encode),
-            reference.encode_blockwise,
-        ),
-        (
-            OpSpec("decode_blockwise", "packed codes and absmax to values", _check_decode),
-            reference.decode_blockwise,
-        ),
-        (OpSpec("pack_bits", "codes to bytes, first code highest", _check_pack), reference.pack_bits),
-        (OpSpec("unpack_bits", "bytes to codes", _check_unpack), reference.unpack_bits),
-        (
-            OpSpec("encode_absmax", "double quantization of absmax", _check_encode_absmax),
-            reference.encode_absmax,
-        ),
-        (
-            OpSpec("decode_absmax", "absmax from its 8-bit codes", _check_decode_absmax),
-            reference.decode_absmax,
-        ),
-        (
-            OpSpec("quantized_linear", "x W' + bias, W from its codes", _check_linear),
-            reference_linear.quantized_linear,
-        ),
-        (
-            OpSpec("quantized_linear_backward", "dL/dy W, W from its codes", _check_linear_backward),
-            reference_linear.quantized_linear_backward,
-        ),
-    ):
-        table.define(spec)
-        table.register(spec.name, REFERENCE, fn)
 
 
 def _require(fits: bool, what: str, where: str) -> None:
@@ -101,22 +69,29 @@ def _check_unpack(packed: Tensor, bits: int, num_elements: int) -> None:
 
 
 def _check_encode_absmax(absmax: Tensor, codebook: Tensor) -> None:
-    _check_format(codebook, 8, reference.ABSMAX_BLOCKSIZE, "encode_absmax")
+    _check_format(codebook, 8, ABSMAX_BLOCKSIZE, "encode_absmax")
     fits = absmax.dtype == torch.float32 and absmax.ndim == 1
     _require(fits, f"absmax {_show(absmax)} is not flat float32", "encode_absmax")
 
 
 def _check_decode_absmax(codes: Tensor, scale: Tensor, offset: Tensor, codebook: Tensor) -> None:
     where = "decode_absmax"
-    _check_codes(codes, scale, codebook, 8, reference.ABSMAX_BLOCKSIZE, codes.numel(), where)
+    _check_codes(codes, scale, codebook, 8, ABSMAX_BLOCKSIZE, codes.numel(), where)
     fits = offset.dtype == torch.float32 and offset.shape == (1,)
     _require(fits, f"offset {_show(offset)} is not float32 (1,)", where)
 
 
 def _check_linear(
-    x: Tensor, packed: Tensor, absmax: Tensor, codebook: Tensor, bias: Tensor | None, *, bits: int, blocksize: int,
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    codebook: Tensor,
+    bias: Tensor | None,
+    *,
+    bits: int,
+    blocksize: int,
     out_features: int,
-) -> None:  # fmt: skip
+) -> None:
     where = "quantized_linear"
     _check_codes(packed, absmax, codebook, bits, blocksize, out_features * x.shape[-1], where)
     fits = bias is None or (bias.shape == (out_features,) and bias.dtype == x.dtype)
@@ -139,3 +114,40 @@ def _check_linear_backward(
 
 def _show(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def fill(table: OpTable) -> None:
+    """Declare every op in a table and register the reference for each."""
+    table.add_backend(Backend(REFERENCE))
+    for name, doc, check, fn in _OPS:
+        table.define(OpSpec(name, doc, check))
+        table.register(name, REFERENCE, fn)
+
+
+_OPS: tuple[tuple[str, str, Callable[..., None], Callable[..., Any]], ...] = (
+    ("encode_blockwise", "values to packed codes and absmax", _check_encode, reference.encode_blockwise),
+    ("decode_blockwise", "packed codes and absmax to values", _check_decode, reference.decode_blockwise),
+    ("pack_bits", "codes to bytes, the first highest", _check_pack, reference_bits.pack_bits),
+    ("unpack_bits", "bytes to codes", _check_unpack, reference_bits.unpack_bits),
+    ("encode_absmax", "double quantization of absmax", _check_encode_absmax, reference.encode_absmax),
+    ("decode_absmax", "absmax from its 8-bit codes", _check_decode_absmax, reference.decode_absmax),
+    ("quantized_linear", "x W' + bias, W from its codes", _check_linear, reference_linear.quantized_linear),
+    (
+        "quantized_linear_backward",
+        "dL/dy W, W from its codes",
+        _check_linear_backward,
+        reference_linear.quantized_linear_backward,
+    ),
+)
+
+TABLE = OpTable()
+"""The table of this process."""
+
+fill(TABLE)
+
+call = TABLE.call
+select = TABLE.select
+explain = TABLE.explain
+register = TABLE.register
+add_backend = TABLE.add_backend
+remove_backend = TABLE.remove_backend

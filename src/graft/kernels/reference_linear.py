@@ -1,4 +1,4 @@
-"""The matrix product with a quantized weight in plain torch: decode into a reused scratch, then a dense product."""
+"""The product with a quantized weight in plain torch: decode into a reused scratch, then a dense product."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from graft.kernels.reference import decode_blockwise
 
 
 class _Scratch(threading.local):
-    """One growing buffer per thread, device and dtype; fresh memory for every decode costs several times the decode."""
+    """One growing buffer per thread, device and dtype: fresh memory would cost more than the decoding."""
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -33,9 +33,16 @@ def release_scratch() -> None:
 
 
 def quantized_linear(
-    x: Tensor, packed: Tensor, absmax: Tensor, codebook: Tensor, bias: Tensor | None, *, bits: int, blocksize: int,
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    codebook: Tensor,
+    bias: Tensor | None,
+    *,
+    bits: int,
+    blocksize: int,
     out_features: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Y = x W' + bias with W decoded from its codes.
 
     Args:

@@ -2,13 +2,13 @@
 
 An op is declared once (`define`), a backend is announced once (`add_backend`) and registers the ops it has
 (`register`). `select` takes the newest backend that can run the op on the device and falls back to
-`reference`, which has every op. Falling back warns once; `explain` tells the choice and the reason for each op.
+`reference`, which has every op. Falling back warns once; `explain` tells each choice and its reason.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -64,7 +64,7 @@ class Choice(NamedTuple):
 
 
 class OpTable:
-    """Ops, backends and their implementations; graft has one, `TABLE`."""
+    """Ops, backends and their implementations; the process has one, in `ops`."""
 
     def __init__(self) -> None:
         self._ops: dict[str, OpSpec] = {}
@@ -118,16 +118,13 @@ class OpTable:
                 continue
             problem = "has no such op" if (op, backend.name) not in self._functions else backend.problem()
             if not problem:
-                why = (
-                    "plain torch, the only backend here"
-                    if backend.name == REFERENCE
-                    else "the fastest one here"
-                )
+                why = "the only backend here" if backend.name == REFERENCE else "preferred to the reference"
                 return Choice(op, backend.name, "; ".join(passed_over) or why)
             passed_over.append(f"{backend.name}: {problem}")
         raise ConfigError(
             f"no backend runs {op!r} on {device}",
-            fix="; ".join(passed_over) or "register the reference backend",
+            where="; ".join(passed_over),
+            fix="register an implementation",
         )
 
     def select(self, op: str, device: str = "cpu") -> Callable[..., Any]:
@@ -140,11 +137,8 @@ class OpTable:
         preferred = self._preferred(device)
         if choice.backend != preferred and (op, preferred) not in self._warned:
             self._warned.add((op, preferred))
-            warnings.warn(
-                f"{op} runs on the {choice.backend} backend ({choice.reason})",
-                KernelFallbackWarning,
-                stacklevel=3,
-            )
+            message = f"{op} runs on the {choice.backend} backend ({choice.reason})"
+            warnings.warn(message, KernelFallbackWarning, stacklevel=3)
         return self._functions[op, choice.backend]
 
     def _preferred(self, device: str) -> str:
@@ -164,13 +158,5 @@ class OpTable:
         if op not in self._ops:
             raise ConfigError(f"no op {op!r} in the table", fix=did_you_mean(op, self._ops))
         self._ops[op].check(*args, **kwargs)
-        device = next(_tensors(args), None)
-        return self.select(op, device.device.type if device is not None else "cpu")(*args, **kwargs)
-
-
-def _tensors(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
-    return (arg for arg in args if isinstance(arg, torch.Tensor))
-
-
-TABLE = OpTable()
-"""The table of this process."""
+        device = next((arg.device.type for arg in args if isinstance(arg, torch.Tensor)), "cpu")
+        return self.select(op, device)(*args, **kwargs)

@@ -8,13 +8,10 @@ from typing import Any, Literal
 
 from graft.config import did_you_mean, from_dict, to_dict
 from graft.errors import ConfigError
+from graft.kernels.sizes import ABSMAX_BLOCKSIZE, BLOCKSIZES
 
 BITS = {"nf4": 4, "fp4": 4, "int8": 8}
 """Bits of one code, by quant_type."""
-
-BLOCKSIZES = tuple(2**power for power in range(5, 13))
-ABSMAX_BLOCKSIZE = 256
-"""Scales that share one scale of their own in double quantization."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +19,13 @@ class QuantizationConfig:
     """How the linear layers of a base model are stored (QLoRA, arXiv:2305.14314, sec. 3)."""
 
     quant_type: Literal["nf4", "fp4", "int8"] = "nf4"
-    """Format of a weight: "nf4" (4 bits, made for normally distributed weights), "fp4" (4 bits, floating point) or "int8" (8 bits, even steps)."""  # noqa: E501
+    """Format of a weight: nf4 (4 bits, for normally distributed weights), fp4 (4-bit floats) or int8."""
 
     double_quant: bool = True
     """Quantize the scales too: 4.127 instead of 4.5 bits a weight with nf4 and a blocksize of 64."""
 
     blocksize: int = 64
-    """Weights that share one scale: a power of two from 32 to 4096. Smaller is more exact and larger in memory."""
+    """Weights that share one scale: a power of two from 32 to 4096. Smaller is more exact and takes more."""
 
     skip_modules: tuple[str, ...] = ()
     """Ends of module names that stay dense, besides the embeddings and the output head, which always do."""
@@ -61,7 +58,7 @@ class QuantizationConfig:
         return codes_bytes + num_blocks + 4 * -(-num_blocks // ABSMAX_BLOCKSIZE) + 4
 
     def bits_per_weight(self, num_elements: int) -> float:
-        """Stored bits over elements; 4.5 for nf4 at 64, 4.127 with double quantization, for a large tensor."""
+        """Stored bits over elements: 4.5 for nf4 at 64, 4.127 with double quantization of a large tensor."""
         return 8 * self.num_bytes(num_elements) / num_elements
 
     def to_dict(self) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class QuantFormat:
 def normal_float(bits: int) -> tuple[float, ...]:
     """Quantiles of the normal distribution, scaled to [-1, 1], with an exact zero.
 
-    Half the codes are positive quantiles at even steps of probability, one less are negative, and zero is added.
+    Half the codes are positive quantiles at even steps of probability, one less are negative, one is zero.
     The outermost probability lies between 1 - 1/30 and 1 - 1/32. This is what reproduces the published table;
     the averages in Eq. 4 of the paper do not, and are infinite at the ends.
 
@@ -97,13 +97,13 @@ def float_e2m1_bitsandbytes() -> tuple[float, ...]:
 
 
 def linear_int8() -> tuple[float, ...]:
-    """Even steps k/127 for k from -127 to 127, with zero twice because 256 codes are needed and 255 are symmetric."""
+    """Even steps k/127 for k from -127 to 127, zero twice: there are 256 codes and 255 symmetric values."""
     steps = [_float32(step / 127) for step in range(128)]
     return (*(0.0 - step for step in reversed(steps)), *steps)
 
 
 def dynamic_map() -> tuple[float, ...]:
-    """The signed 8-bit map for scales: seven decades, each with twice the codes of the one below, plus 0 and 1.
+    """The signed 8-bit map for scales: seven decades, each with twice the codes of the one below, 0 and 1.
 
     Code i of a decade is the middle of the i-th of 2**d even cells of [0.1, 1], times the decade; both signs.
     There is no -1: the most negative code is -0.993.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from graft import kernels
 from graft.errors import QuantError
 from graft.quant.config import QuantizationConfig
 from graft.quant.formats import format_of
-from graft.quant.tensor import QuantizedTensor, part_shapes, quantize
+from graft.quant.tensor import QuantizedTensor, describe, part_shapes, quantize
 
 
 class QuantizedLinear(nn.Module):
@@ -104,8 +103,13 @@ class QuantizedLinear(nn.Module):
         if bias is not None and tuple(bias.shape) != (out_features,):
             raise QuantError(f"the bias has shape {tuple(bias.shape)}, not ({out_features},)")
         layer = cls(
-            in_features, out_features, config=weight.config, dtype=weight.dtype, compute_dtype=compute_dtype, device="meta"
-        )  # fmt: skip
+            in_features,
+            out_features,
+            config=weight.config,
+            dtype=weight.dtype,
+            compute_dtype=compute_dtype,
+            device="meta",
+        )
         for name, part in weight.parts().items():
             setattr(layer, name, _as_bytes(part))
         frozen = bias is None or isinstance(bias, nn.Parameter)
@@ -124,10 +128,15 @@ class QuantizedLinear(nn.Module):
             name: _from_bytes(getattr(self, name), dtype)
             for name, (_, dtype) in part_shapes(self.shape, self.config).items()
         }
-        scale, offset = parts.get("absmax_scale"), parts.get("absmax_offset")
         return QuantizedTensor(
-            parts["codes"], parts["absmax"], scale, offset, shape=self.shape, dtype=self.dtype, config=self.config
-        )  # fmt: skip
+            parts["codes"],
+            parts["absmax"],
+            parts.get("absmax_scale"),
+            parts.get("absmax_offset"),
+            shape=self.shape,
+            dtype=self.dtype,
+            config=self.config,
+        )
 
     @property
     def nbytes(self) -> int:
@@ -156,13 +165,14 @@ class QuantizedLinear(nn.Module):
         """What print(model) shows."""
         config = self.config
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"quant_type={config.quant_type}, blocksize={config.blocksize}, double_quant={config.double_quant}"
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, quant_type={config.quant_type}, "
+            f"blocksize={config.blocksize}, double_quant={config.double_quant}"
         )
 
     def get_extra_state(self) -> Tensor:
         """The format of the codes as uint8 JSON bytes; saved under `_extra_state` by state_dict."""
-        return torch.tensor(list(self._description()), dtype=torch.uint8)
+        return torch.tensor(list(self._description().encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Refuse the codes of another format.
@@ -170,19 +180,16 @@ class QuantizedLinear(nn.Module):
         Raises:
             QuantError: The saved layer has another shape, dtype or quantization.
         """
-        saved = bytes(state.tolist())
-        if saved != self._description():
+        saved, wanted = bytes(state.tolist()).decode(errors="replace"), self._description()
+        if saved != wanted:
             raise QuantError(
-                f"the saved layer is {saved.decode(errors='replace')}, this one is {self._description().decode()}",
+                f"the saved layer is {saved}, this one is {wanted}",
                 where="load_state_dict",
                 fix="make the model with the quantization that it was saved with",
             )
 
-    def _description(self) -> bytes:
-        config = self.config.to_dict()
-        config.pop("skip_modules")
-        facts = {"shape": list(self.shape), "dtype": str(self.dtype).removeprefix("torch."), **config}
-        return json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
+    def _description(self) -> str:
+        return describe(self.shape, self.dtype, self.config)
 
 
 class _QuantizedProduct(torch.autograd.Function):

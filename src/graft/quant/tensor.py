@@ -13,6 +13,7 @@ from torch import Tensor
 
 from graft import kernels
 from graft.errors import QuantError
+from graft.kernels.sizes import ABSMAX_BLOCKSIZE
 from graft.quant.config import QuantizationConfig
 from graft.quant.formats import ABSMAX_FORMAT, format_of
 
@@ -24,8 +25,8 @@ class QuantizedTensor:
     """A tensor of N elements in B blocks, stored in few bits; immutable.
 
     Attributes:
-        codes: Packed codes uint8; (rows, row bytes) where rows are whole bytes, else (bytes, 1). The same bytes
-            as bitsandbytes: blocks over the flattened tensor, first code in the high half of a byte.
+        codes: Packed codes uint8; (rows, row bytes) where rows are whole bytes, else (bytes, 1). The same
+            bytes as bitsandbytes: blocks over the flattened tensor, first code in the high half of a byte.
         absmax: Scales: float32 (B,), or with double quantization their codes, uint8 (B,).
         absmax_scale: With double quantization float32 (ceil(B / 256),), else None.
         absmax_offset: With double quantization float32 (1,), the mean of the scales, else None.
@@ -98,13 +99,12 @@ class QuantizedTensor:
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """The same tensor on another device."""
-        return replace(self, **{name: part.to(device) for name, part in self.parts().items()})
+        parts = {name: part.to(device) for name, part in self.parts().items()}
+        return replace(self, **parts)  # type: ignore[arg-type]
 
     def describe(self) -> str:
-        """Shape, dtype and config as canonical JSON: with `parts`, all that the tensor is."""
-        facts = {"shape": list(self.shape), "dtype": _name(self.dtype), **self.config.to_dict()}
-        facts.pop("skip_modules")
-        return json.dumps(facts, sort_keys=True, separators=(",", ":"))
+        """Shape, dtype and format as canonical JSON: with `parts`, all that the tensor is."""
+        return describe(self.shape, self.dtype, self.config)
 
     def state_dict(self) -> dict[str, Tensor]:
         """`parts` and the description, as uint8 JSON bytes under "format"; safetensors can hold it."""
@@ -129,7 +129,7 @@ class QuantizedTensor:
     def to_bytes(self) -> bytes:
         """All of it as bytes, equal for equal tensors on every machine: the description, then the parts.
 
-        Args: none. Little-endian; the description is preceded by its length in 8 bytes.
+        Little-endian; the description is preceded by its length in 8 bytes.
         """
         head = self.describe().encode()
         bodies = [part.detach().cpu().contiguous().view(torch.uint8) for part in self.parts().values()]
@@ -191,17 +191,24 @@ def quantize(weight: Tensor, config: QuantizationConfig, *, where: str = "") -> 
     return QuantizedTensor(codes, absmax, scale, offset, tuple(weight.shape), weight.dtype, config)
 
 
+def describe(shape: tuple[int, ...], dtype: torch.dtype, config: QuantizationConfig) -> str:
+    """What a reader of the parts must know, as canonical JSON: shape, dtype and format."""
+    facts = {"shape": list(shape), "dtype": _name(dtype), **config.to_dict()}
+    del facts["skip_modules"]  # says which modules are quantized, not how
+    return json.dumps(facts, sort_keys=True, separators=(",", ":"))
+
+
 def part_shapes(
     shape: tuple[int, ...], config: QuantizationConfig
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every part of a quantized tensor, by name, in the order of `QuantizedTensor.parts`."""
+    """Shape and dtype of every part of a quantized tensor by name, in the order of `parts`."""
     num_blocks = -(-prod(shape) // config.blocksize)
     parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "codes": (_codes_shape(shape, config.bits), torch.uint8),
         "absmax": ((num_blocks,), torch.uint8 if config.double_quant else torch.float32),
     }
     if config.double_quant:
-        parts["absmax_scale"] = ((-(-num_blocks // kernels.ABSMAX_BLOCKSIZE),), torch.float32)
+        parts["absmax_scale"] = ((-(-num_blocks // ABSMAX_BLOCKSIZE),), torch.float32)
         parts["absmax_offset"] = ((1,), torch.float32)
     return parts
 
@@ -239,7 +246,8 @@ def _check_finite(absmax: Tensor, flat: Tensor, blocksize: int, where: str) -> N
     block = flat[start : start + blocksize]
     index = start + int(torch.isfinite(block).logical_not().nonzero()[0])
     raise QuantError(
-        f"element {index:,} of the weight is {flat[index].item()}; {int(bad.sum()):,} of {bad.numel():,} blocks are not finite",
+        f"element {index:,} of the weight is {flat[index].item()}, "
+        f"and {int(bad.sum()):,} of its {bad.numel():,} blocks are not finite",
         where=where,
         fix="the model file is damaged or diverged; take another one",
     )
