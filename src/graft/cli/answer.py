@@ -68,7 +68,11 @@ def internal_failure(error: Exception, as_json: bool) -> None:
     told = f"{type(error).__name__}: {error}"
     fix = "this is a fault in graft: run it again with --debug and report what it prints"
     if as_json:
-        line(json.dumps({"ok": False, "error": {"type": "InternalError", "what": told, "where": "", "fix": fix}}))
+        line(
+            json.dumps(
+                {"ok": False, "error": {"type": "InternalError", "what": told, "where": "", "fix": fix}}
+            )
+        )
     else:
         note(f"InternalError: {told}\n  fix:   {fix}")
 

@@ -16,15 +16,21 @@ if TYPE_CHECKING:
 
 
 def chat(
-    model: Annotated[str | None, typer.Argument(help="Directory or hub id; the adapter's own base if left out.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Directory or hub id; the adapter's own base if left out.")
+    ] = None,
     adapter: Annotated[Path | None, typer.Option("--adapter", "-a", help="Adapter or run directory.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Most tokens in one answer.")] = 256,
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens of this probability.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Draw from the likeliest tokens of this probability.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Decides the draws.")] = 0,
     system: Annotated[str | None, typer.Option("--system", help="What the model is told first.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="The base answers each question too.")] = False,
-    force_base: Annotated[bool, typer.Option("--force-base", help="Accept another base than the adapter's.")] = False,
+    force_base: Annotated[
+        bool, typer.Option("--force-base", help="Accept another base than the adapter's.")
+    ] = False,
 ) -> None:
     """Talk to a model; /new starts over, /quit or end of input leaves."""
     from graft.cli.opening import open_model
@@ -32,7 +38,9 @@ def chat(
     from graft.evaluate.generate import GenerationConfig
 
     if compare and adapter is None:
-        raise ConfigError("--compare needs an adapter to compare with its base", where="--compare", fix="--adapter DIR")
+        raise ConfigError(
+            "--compare needs an adapter to compare with its base", where="--compare", fix="--adapter DIR"
+        )
     config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     opened = open_model(model, adapter, force_base=force_base)
     if not opened.chat:

@@ -89,7 +89,8 @@ def _demo(task: Path, out: Path, seed: int) -> dict[str, Any]:
         answer.note(f"asked:   {prompt}\nbefore:  {base_says}\nafter:   {qlora_says}\nwanted:  {reference}\n")
     _write_page(out, results, base_accuracy, samples, merged)
     return {
-        "metrics": {result.method: _figures(result) for result in results} | {"base": {"accuracy": base_accuracy}},
+        "metrics": {result.method: _figures(result) for result in results}
+        | {"base": {"accuracy": base_accuracy}},
         "merge": merged,
         "report": str(out / "report.html"),
     }
@@ -101,12 +102,18 @@ def _train(task: Path, method: str, run: Path, seed: int) -> Result:
     command = [sys.executable, "-m", "graft.cli.main", "train", str(task / f"{method}.yaml"), *settings]
     command += ["--data", str(task / "train.jsonl"), "--eval-data", str(task / "eval.jsonl")]
     started = time.monotonic()
-    process = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"}, check=False)
+    process = subprocess.run(
+        command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"}, check=False
+    )
     if process.returncode == StopRequested.exit_code:
-        raise StopRequested(f"the {method} run was stopped", fix=f"graft train --resume {run}, or start the demo again")
+        raise StopRequested(
+            f"the {method} run was stopped", fix=f"graft train --resume {run}, or start the demo again"
+        )
     if process.returncode != 0:
         told = json.loads(process.stdout or b"{}").get("error", {})
-        raise TrainingError(f"the {method} run failed: {told.get('what')}", where=str(run), fix=str(told.get("fix")))
+        raise TrainingError(
+            f"the {method} run failed: {told.get('what')}", where=str(run), fix=str(told.get("fix"))
+        )
     from graft.runs import RunDirectory
     from graft.training.report import tokens_per_second
 
@@ -196,10 +203,16 @@ def _write_page(
     write_report(
         out / "report.html",
         [
-            Table(title="Three ways", columns=COLUMNS, rows=[_row(result, base_accuracy) for result in results]),
+            Table(
+                title="Three ways", columns=COLUMNS, rows=[_row(result, base_accuracy) for result in results]
+            ),
             Curves(
                 title="Loss",
-                series=[line for result in results for line in loss_series(RunDirectory(result.run), result.method)],
+                series=[
+                    line
+                    for result in results
+                    for line in loss_series(RunDirectory(result.run), result.method)
+                ],
             ),
             Samples(
                 title="Before and after",
@@ -224,5 +237,3 @@ def _closing(out: Path, report: dict[str, Any]) -> str:
             "  graft train --data YOUR.jsonl --method qlora --out runs/first",
         ]
     )
-
-

@@ -9,7 +9,9 @@ import typer
 from graft.cli import answer
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
+) -> None:
     """Show what this machine can do: processor, memory, packages, backend of each operation."""
     import os
     import platform
@@ -28,16 +30,26 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Answer with one
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-    packages = {name: version(name) for name in ("graft", "torch", "transformers", "safetensors", "tokenizers")}
-    operations = [{"operation": op, "backend": backend, "reason": why} for op, backend, why in kernels.explain()]
+    packages = {
+        name: version(name) for name in ("graft", "torch", "transformers", "safetensors", "tokenizers")
+    }
+    operations = [
+        {"operation": op, "backend": backend, "reason": why} for op, backend, why in kernels.explain()
+    ]
     text = "\n".join(
         [
-            *(f"{name:15} {value:,}" if isinstance(value, int) else f"{name:15} {value}" for name, value in machine.items()),
+            *(
+                f"{name:15} {value:,}" if isinstance(value, int) else f"{name:15} {value}"
+                for name, value in machine.items()
+            ),
             "",
             *(f"{name:15} {number}" for name, number in packages.items()),
             "",
             answer.table(
-                [["operation", "backend", "reason"], *([o["operation"], o["backend"], o["reason"]] for o in operations)]
+                [
+                    ["operation", "backend", "reason"],
+                    *([o["operation"], o["backend"], o["reason"]] for o in operations),
+                ]
             ),
         ]
     )

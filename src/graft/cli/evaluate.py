@@ -11,20 +11,32 @@ from graft.cli import answer
 
 
 def evaluate(
-    model: Annotated[str | None, typer.Argument(help="Directory or hub id; the adapter's own base if left out.")] = None,
-    data: Annotated[str | None, typer.Option("--data", "-d", help="Evaluation data: jsonl, json, csv, txt.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Directory or hub id; the adapter's own base if left out.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", "-d", help="Evaluation data: jsonl, json, csv, txt.")
+    ] = None,
     adapter: Annotated[Path | None, typer.Option("--adapter", "-a", help="Adapter or run directory.")] = None,
-    metrics: Annotated[str, typer.Option("--metrics", help="Names with commas between them.")] = "loss,perplexity",
+    metrics: Annotated[
+        str, typer.Option("--metrics", help="Names with commas between them.")
+    ] = "loss,perplexity",
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="data.max_length=256 and the like. May be repeated.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Most tokens of a generated answer.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", help="Most tokens of a generated answer.")
+    ] = 64,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows in one forward pass.")] = 16,
-    predictions: Annotated[Path | None, typer.Option("--predictions", help="Write each row's answer here.")] = None,
+    predictions: Annotated[
+        Path | None, typer.Option("--predictions", help="Write each row's answer here.")
+    ] = None,
     quantization: Annotated[
         str | None, typer.Option("--quantization", help="nf4, fp4, int8 or none; as trained if left out.")
     ] = None,
-    force_base: Annotated[bool, typer.Option("--force-base", help="Accept another base than the adapter's.")] = False,
+    force_base: Annotated[
+        bool, typer.Option("--force-base", help="Accept another base than the adapter's.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
     """Measure loss, perplexity, exact match, label accuracy and more on a data set."""

@@ -24,14 +24,19 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("demo", epilog="Example: graft demo")(demo.demo)
-app.command("train", epilog="Example: graft train --data train.jsonl --method qlora --out runs/first")(train.train)
-app.command("evaluate", epilog="Example: graft evaluate builtin --adapter runs/first/adapter --data eval.jsonl")(
-    evaluate.evaluate
+app.command("train", epilog="Example: graft train --data train.jsonl --method qlora --out runs/first")(
+    train.train
 )
+app.command(
+    "evaluate", epilog="Example: graft evaluate builtin --adapter runs/first/adapter --data eval.jsonl"
+)(evaluate.evaluate)
 app.command("generate", epilog='Example: graft generate builtin --prompt "Sort: 3 1 2"')(generate.generate)
 app.command("chat", epilog="Example: graft chat builtin --adapter runs/first/adapter")(chat.chat)
 app.command("merge", epilog="Example: graft merge runs/first/adapter --out merged/")(merge.merge)
 app.command("doctor", epilog="Example: graft doctor --json")(doctor.doctor)
+
+# typer carries its own copy of click in some versions; its public BadParameter leads to the right classes.
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def _show_version(wanted: bool) -> None:
@@ -43,7 +48,8 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
     pass
@@ -62,8 +68,6 @@ def run(arguments: list[str]) -> int:
     Args:
         arguments: The words after `graft`.
     """
-    import click
-
     debug = "--debug" in arguments
     as_json = "--json" in arguments
     words = [word for word in arguments if word != "--debug"]
@@ -75,12 +79,12 @@ def run(arguments: list[str]) -> int:
             raise
         answer.failure(error, as_json)
         return error.exit_code
-    except click.exceptions.Exit as error:
+    except typer.Exit as error:
         return error.exit_code
-    except click.ClickException as error:
+    except USAGE_ERROR as error:
         answer.usage_failure(error, as_json)
         return 2
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         answer.note("stopped")
         return 3
     except BrokenPipeError:

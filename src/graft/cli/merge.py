@@ -12,12 +12,17 @@ from graft.cli import answer
 
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Adapter or run directory.")],
-    base: Annotated[str | None, typer.Option("--base", help="Base to fold into; the adapter's own if left out.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Base to fold into; the adapter's own if left out.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Model directory to make.")] = Path("merged"),
     from_quantized: Annotated[
-        bool, typer.Option("--from-quantized", help="Fold into the decoded quantized base that it was trained on.")
+        bool,
+        typer.Option("--from-quantized", help="Fold into the decoded quantized base that it was trained on."),
     ] = False,
-    force_base: Annotated[bool, typer.Option("--force-base", help="Accept another base than the adapter's.")] = False,
+    force_base: Annotated[
+        bool, typer.Option("--force-base", help="Accept another base than the adapter's.")
+    ] = False,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
@@ -29,7 +34,9 @@ def merge(
 
     directory = adapter_directory(adapter)
     assert directory is not None
-    report = fold(directory, out, base=base, force_base=force_base, dtype=dtype, from_quantized=from_quantized)
+    report = fold(
+        directory, out, base=base, force_base=force_base, dtype=dtype, from_quantized=from_quantized
+    )
     fields = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(report).items()}
     lines = "\n".join(f"{name}: {value}" for name, value in fields.items())
     answer.success(as_json, {"model": str(out), "certificate": fields}, lines)

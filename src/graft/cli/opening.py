@@ -83,7 +83,9 @@ def open_model(
     has_template = bool(getattr(base.tokenizer, "chat_template", None))
     if chat and not has_template:
         raise ConfigError(
-            f"the tokenizer of {name} has no chat template", where="--chat", fix="leave --chat out for plain text"
+            f"the tokenizer of {name} has no chat template",
+            where="--chat",
+            fix="leave --chat out for plain text",
         )
     if chat is None:
         taught = side.get("facts", {}).get("format")
@@ -109,7 +111,9 @@ def base_name(adapter: Path) -> str:
 
     name = files.read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     if not name:
-        raise ConfigError("the adapter does not say which base it belongs to", where=str(adapter), fix="give MODEL")
+        raise ConfigError(
+            "the adapter does not say which base it belongs to", where=str(adapter), fix="give MODEL"
+        )
     return str(name)
 
 

@@ -28,7 +28,9 @@ def train(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help='Directory, hub id, or "builtin" (the default).')
     ] = None,
-    data: Annotated[str | None, typer.Option("--data", "-d", help="Training data: jsonl, json, csv, txt.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", "-d", help="Training data: jsonl, json, csv, txt.")
+    ] = None,
     eval_data: Annotated[str | None, typer.Option("--eval-data", help="Evaluation data.")] = None,
     method: Annotated[
         str | None, typer.Option("--method", help="full, lora or qlora; without a config file lora.")

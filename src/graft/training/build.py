@@ -7,21 +7,24 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import nn
 
 from graft import __version__
-from graft.adapters.attach import Adapter, adapter_tensors, adapters_of, attach
+from graft.adapters.attach import attach
+from graft.adapters.attached import Adapter, adapter_tensors, adapters_of
 from graft.adapters.peft_format import save_adapter
 from graft.config import from_dict, to_dict
 from graft.data.config import DataConfig
 from graft.data.loader import Loader
-from graft.data.prepare import Dataset, prepare, prepare_pair, render_preview
+from graft.data.prepare import Dataset, prepare_splits
 from graft.errors import CheckpointError, ConfigError, TrainingError
 from graft.models.load import BaseModel, load, load_tokenizer
 from graft.models.save import save_model
@@ -178,16 +181,26 @@ def _prepare_data(
     config: RunConfig, monitor: Monitor, tokenizer: Any = None
 ) -> tuple[Dataset, Dataset | None]:
     if not config.data.train:
-        raise ConfigError("no training data", where="data.train", fix="--data FILE, or data.train in the config")
+        raise ConfigError(
+            "no training data", where="data.train", fix="--data FILE, or data.train in the config"
+        )
     tokenizer = tokenizer or load_tokenizer(config.model.name, config.model.revision)
-    train_data, eval_data = prepare_pair(tokenizer, config.data, seed=config.training.seed)
-    for line in train_data.report.lines():
-        monitor.say(line)
-    monitor.say(render_preview(train_data, tokenizer))
-    if eval_data is not None:
-        for line in eval_data.report.lines():
-            monitor.say(f"evaluation: {line}")
+    train_data, eval_data = prepare_splits(tokenizer, config.data, seed=config.training.seed)
+    for name, data in (("training", train_data), ("evaluation", eval_data)):
+        if data is not None:
+            monitor.say(_describe_data(name, data))
+    for sample in train_data.report.preview:
+        monitor.say(f"  {shorten(sample, 600, placeholder=' ...')}")
     return train_data, eval_data
+
+
+def _describe_data(name: str, data: Dataset) -> str:
+    report = data.report
+    lines = [
+        f"{name} data {report.path}: {report.format} ({report.reason}); {report.num_used:,} of {report.num_rows:,} rows, "
+        f"{report.num_samples:,} samples, {report.num_tokens:,} tokens, {report.num_labelled_tokens:,} of them learned"
+    ]
+    return "\n".join([*lines, *(f"  {note}" for note in report.notes)])
 
 
 def _load_base(config: RunConfig, monitor: Monitor) -> BaseModel:
@@ -209,7 +222,11 @@ def _describe(base: BaseModel) -> str:
 
 
 def _check_unchanged(
-    record: Mapping[str, Any], base: BaseModel, train_data: Dataset, eval_data: Dataset | None, run: RunDirectory
+    record: Mapping[str, Any],
+    base: BaseModel,
+    train_data: Dataset,
+    eval_data: Dataset | None,
+    run: RunDirectory,
 ) -> None:
     now = _identity(base, train_data, eval_data)
     changed = [
@@ -246,6 +263,7 @@ def _run(
         "config": to_dict(config),
         "derived": {},
         "identity": _identity(base, train_data, eval_data),
+        "format": train_data.report.format,
         "versions": {
             "graft": __version__,
             "torch": torch.__version__,
@@ -308,7 +326,7 @@ def _train(
 def _trained(model: nn.Module, adapter: Adapter | None) -> dict[str, nn.Parameter]:
     """What is trained, by name, in a fixed order; all of it in float32."""
     if adapter is not None:
-        found = {name: t for name, t in adapter_tensors(model, adapter.name).items() if isinstance(t, nn.Parameter)}
+        found = adapter_tensors(model, adapter.name)
         return {name: found[name] for name in sorted(found)}
     model.float()
     model.requires_grad_(True)
@@ -338,7 +356,9 @@ def _learning_rate(config: TrainingConfig, adapter: Adapter | None) -> tuple[flo
     if config.learning_rate is not None:
         return config.learning_rate, f"{config.learning_rate:g}, as asked"
     rate = DEFAULT_RATES["full" if adapter is None else "adapter"]
-    return rate, f"{rate:g}: " + ("full fine-tuning wants about a tenth of an adapter's" if adapter is None else "usual for adapters")
+    return rate, f"{rate:g}: " + (
+        "full fine-tuning wants about a tenth of an adapter's" if adapter is None else "usual for adapters"
+    )
 
 
 def _loader(data: Dataset, config: RunConfig, base: BaseModel, *, train: bool) -> Loader:
@@ -377,10 +397,17 @@ def _write_results(
     steps: int,
     num_trained: int,
 ) -> Run:
-    facts = {"run": run_id(record), "data": record["identity"]["training data"], "steps": position.step}
+    facts = {
+        "run": run_id(record),
+        "data": record["identity"]["training data"],
+        "format": record["format"],
+        "steps": position.step,
+    }
     if adapter is not None:
         save_adapter(base.model, run.adapter_path, adapter.name, facts=facts)
     else:
+        if run.model_path.exists():  # a kill came between these weights and the end of the record
+            shutil.rmtree(run.model_path)
         save_model(base.model, base.tokenizer, run.model_path, dtype=base.dtype)
     results = {
         "steps": position.step,

@@ -159,7 +159,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         digest = files.sha256_file(path / TENSORS)
         if state["format"] != FORMAT or digest != state["sha256"]:
             raise CheckpointError(
-                f"{TENSORS} has digest {digest[:12]}, the checkpoint says {state['sha256'][:12]}", where=str(path)
+                f"{TENSORS} has digest {digest[:12]}, the checkpoint says {state['sha256'][:12]}",
+                where=str(path),
             )
         tensors = load_file(path / TENSORS)
         position = state["position"]
@@ -173,11 +174,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
             int(state["num_threads"]),
         )
     except (StorageError, SafetensorError, KeyError, TypeError) as error:
-        raise CheckpointError(f"is damaged: {error}", where=str(path), fix="use an older checkpoint") from error
+        raise CheckpointError(
+            f"is damaged: {error}", where=str(path), fix="use an older checkpoint"
+        ) from error
 
 
 def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{part}|"): value for name, value in tensors.items() if name.startswith(f"{part}|")}
+    return {
+        name.removeprefix(f"{part}|"): value for name, value in tensors.items() if name.startswith(f"{part}|")
+    }
 
 
 def newest_checkpoint(run: RunDirectory, say: Callable[[str], None]) -> Checkpoint | None:
@@ -199,7 +204,9 @@ def newest_checkpoint(run: RunDirectory, say: Callable[[str], None]) -> Checkpoi
         except CheckpointError as error:
             say(f"passed over {path.name}: {error.what}")
     if paths:
-        raise CheckpointError("has no whole checkpoint", where=str(run.checkpoints_path), fix="start a new run")
+        raise CheckpointError(
+            "has no whole checkpoint", where=str(run.checkpoints_path), fix="start a new run"
+        )
     return None
 
 

@@ -79,7 +79,11 @@ class TrainingConfig:
     """A line on the console every so many steps, where it is not a terminal."""
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
         at_least = {
             "batch_size": 1,
             "gradient_accumulation_steps": 1,
@@ -93,7 +97,13 @@ class TrainingConfig:
             "min_lr_ratio": 0,
             "seed": 0,
         }
-        optional = {"max_steps": 1, "eval_steps": 1, "save_steps": 1, "early_stopping_patience": 1, "warmup_steps": 0}
+        optional = {
+            "max_steps": 1,
+            "eval_steps": 1,
+            "save_steps": 1,
+            "early_stopping_patience": 1,
+            "warmup_steps": 0,
+        }
         for name, lowest in (at_least | optional).items():
             value = getattr(self, name)
             if value is not None and not value >= lowest:
@@ -129,7 +139,11 @@ class RunConfig:
     """The run directory."""
 
     def __post_init__(self) -> None:
-        """Check what no single section can see."""
+        """Check what no single section can see.
+
+        Raises:
+            ConfigError: Sections that contradict each other.
+        """
         if self.quantization is not None and self.adapter is None:
             raise ConfigError(
                 f"a base in {self.quantization.quant_type} cannot be trained whole: codes have no gradient",

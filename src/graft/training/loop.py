@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -146,12 +146,19 @@ class Training:
             "num_tokens": position.num_tokens,
         }
         if not applied:
-            record["skipped"] = "the loss is not finite" if not math.isfinite(loss) else "a gradient is not finite"
+            record["skipped"] = (
+                "the loss is not finite" if not math.isfinite(loss) else "a gradient is not finite"
+            )
             self.job.monitor.say(f"step {position.step} was not applied: {record['skipped']}")
         self.metrics.write(record)
         seconds = time.perf_counter() - started
         self.timings.write(
-            {"step": position.step, "seconds": seconds, "num_tokens": num_tokens, "memory_bytes": memory_bytes()}
+            {
+                "step": position.step,
+                "seconds": seconds,
+                "num_tokens": num_tokens,
+                "memory_bytes": memory_bytes(),
+            }
         )
         self.job.monitor.step(record, num_tokens)
 
@@ -164,7 +171,7 @@ class Training:
         total = 0.0
         for batch in batches:
             with self._precision():
-                loss_sum, _ = token_losses(self.job.model, batch.to(self.device))
+                loss_sum, _ = token_losses(self.job.model, self._on_device(batch))
             total += float(loss_sum.detach())
             if not math.isfinite(total):
                 break
@@ -176,11 +183,19 @@ class Training:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.job.autocast)
 
+    def _on_device(self, batch: Batch) -> Batch:
+        if self.device.type == "cpu":
+            return batch
+        moved = {
+            name: getattr(batch, name).to(self.device) for name in ("input_ids", "position_ids", "labels")
+        }
+        return replace(batch, **moved)
+
     def _check_gradients(self) -> None:
         starved = [name for name, parameter in self.job.parameters.items() if parameter.grad is None]
         if starved:
             raise TrainingError(
-                f"{len(starved)} of {len(self.job.parameters)} trained tensors got no gradient in the first step",
+                f"{len(starved)} of {len(self.job.parameters)} trained tensors got no gradient at first",
                 where=", ".join(starved[:5]),
                 fix="they do not act on the loss; take their modules out of the targets",
             )
@@ -190,7 +205,11 @@ class Training:
     def _after_step(self) -> None:
         position, config = self.position, self.job.config
         if position.num_skipped_in_row >= config.max_nonfinite_steps:
-            stands = f"checkpoint step-{self._saved_step:06d} stands" if self._saved_step >= 0 else "nothing is saved"
+            stands = (
+                f"checkpoint step-{self._saved_step:06d} stands"
+                if self._saved_step >= 0
+                else "nothing is saved"
+            )
             raise TrainingError(
                 f"{position.num_skipped_in_row} steps in a row without a finite loss and gradient",
                 where=f"step {position.step}; {stands}",
@@ -206,10 +225,10 @@ class Training:
     def _catch_up(self) -> None:
         """Make the evaluation that a stop prevented, so that a resumed run has the same log."""
         position = self.position
-        if position.step and self._due(self.job.config.eval_steps) and position.last_eval_step != position.step:
+        due = position.step and self._due(self.job.config.eval_steps)
+        if due and position.last_eval_step != position.step and self.job.eval_loader is not None:
             # Not saved again under the same name: until the next step, a second resume does the same.
-            if self.job.eval_loader is not None:
-                self._evaluate()
+            self._evaluate()
 
     def _due(self, every: int | None) -> bool:
         position = self.position
@@ -224,15 +243,19 @@ class Training:
             report = evaluate_loss(self.job.model, self._until_stopped(loader.epoch(0)))
         best = position.best.update(report.loss, position.step, config.early_stopping_min_delta)
         position.last_eval_step = position.step
-        record = {"step": position.step, "eval_loss": report.loss if math.isfinite(report.loss) else None, "best": best}
+        record = {
+            "step": position.step,
+            "eval_loss": report.loss if math.isfinite(report.loss) else None,
+            "best": best,
+        }
         self.metrics.write(record)
         self.job.monitor.evaluated({**record, "eval_loss": report.loss})
         patience = config.early_stopping_patience
         if patience is not None and position.best.num_worse >= patience and position.step < self.num_steps:
             position.stopped_early = True
             self.job.monitor.say(
-                f"stopped early: no better evaluation loss than {position.best.loss} (step {position.best.step}) "
-                f"in {patience} evaluations"
+                f"stopped early: no better evaluation loss than {position.best.loss} "
+                f"(step {position.best.step}) in {patience} evaluations"
             )
         if best or position.stopped_early:
             self._save()
@@ -285,7 +308,9 @@ def num_steps(loader: Loader, config: TrainingConfig) -> int:
     if config.max_steps is not None:
         return config.max_steps
     whole, part = divmod(config.num_epochs, 1)
-    per_epoch = [math.ceil(loader.num_batches(e) / config.gradient_accumulation_steps) for e in range(int(whole) + 1)]
+    per_epoch = [
+        math.ceil(loader.num_batches(e) / config.gradient_accumulation_steps) for e in range(int(whole) + 1)
+    ]
     return max(1, sum(per_epoch[: int(whole)]) + math.ceil(per_epoch[-1] * part))
 
 

@@ -102,10 +102,15 @@ class Console:
     def _line(self, step: int, record: dict[str, Any]) -> str:
         elapsed = max(1e-9, time.monotonic() - self._started)
         left = elapsed / (step - self._first) * (self._num_steps - step)
-        loss = "not finite, skipped" if self._smoothed is None or record["loss"] is None else f"{self._smoothed:.4f}"
+        loss = (
+            "not finite, skipped"
+            if self._smoothed is None or record["loss"] is None
+            else f"{self._smoothed:.4f}"
+        )
         return (
             f"step {step}/{self._num_steps}  loss {loss}  lr {record['learning_rate']:.2e}  "
-            f"{self._tokens / elapsed:,.0f} tokens/s  {memory_bytes() / 2**20:,.0f} MiB  {duration(left)} left"
+            f"{self._tokens / elapsed:,.0f} tokens/s  {memory_bytes() / 2**20:,.0f} MiB  "
+            f"{duration(left)} left"
         )
 
     def evaluated(self, record: dict[str, Any]) -> None:

@@ -81,7 +81,9 @@ class Optimizer:
         for name, parameter in self.parameters.items():
             if f"{name}|step" not in stored:
                 if any(key.startswith(f"{name}|") for key in stored):
-                    raise CheckpointError(f"optimizer state of {name!r} is incomplete", fix="use an older checkpoint")
+                    raise CheckpointError(
+                        f"optimizer state of {name!r} is incomplete", fix="use an older checkpoint"
+                    )
                 continue
             state: dict[str, Tensor] = {"step": stored[f"{name}|step"].clone()}
             for part in MOMENTS:

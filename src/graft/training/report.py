@@ -51,7 +51,9 @@ def write_run_report(run: RunDirectory, record: Mapping[str, Any]) -> None:
     write_report(
         run.report_path,
         [
-            Facts(title="Results", facts={name: value for name, value in results.items() if value is not None}),
+            Facts(
+                title="Results", facts={name: value for name, value in results.items() if value is not None}
+            ),
             Curves(title="Loss", series=loss_series(run, "")),
             Facts(title="Decisions", facts=record["derived"]),
             Facts(title="Settings", facts=config),
