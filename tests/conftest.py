@@ -103,7 +103,7 @@ def _save_tiny(family: str, overrides: dict[str, Any], directory: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **{**_SIZES, **_TINY[family], **overrides})
+    config = AutoConfig.for_model(family, **{**_SIZES, **_TINY.get(family, {}), **overrides})
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
