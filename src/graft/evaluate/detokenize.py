@@ -48,15 +48,20 @@ class Detokenizer:
         return piece
 
     def _decode(self, ids: list[int]) -> str:
-        # Clean-up would change text that was already given out.
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+        return _decode(self._tokenizer, ids)
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    # Clean-up would change text that was already given out.
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
 
 
 def continuation(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-    """Text of `tokens` as it stands after `prompt`, special tokens left out."""
-    detokenizer = Detokenizer(tokenizer, prompt)
-    return "".join([detokenizer.push(token) for token in tokens]) + detokenizer.finish()
+    """Text of `tokens` as it stands after `prompt`, special tokens left out: all the pieces at once."""
+    before = list(prompt[-CONTEXT_TOKENS:])
+    known = _decode(tokenizer, before).rstrip(UNFINISHED)
+    return _decode(tokenizer, [*before, *tokens])[len(known) :]
 
 
 class StopFinder:

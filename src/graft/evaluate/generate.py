@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from graft.adapters.attach import disabled
+from graft.adapters.attached import disabled
 from graft.errors import ConfigError
 from graft.evaluate.decoding import Decoding, context_length, evaluating, sample
 from graft.evaluate.detokenize import Detokenizer, StopFinder
@@ -76,6 +76,7 @@ def generate(
     config: GenerationConfig | None = None,
     *,
     batch_size: int = 16,
+    end_ids: Collection[int] = (),
 ) -> list[str]:
     """Continue each prompt.
 
@@ -85,6 +86,7 @@ def generate(
         prompts: Texts, or lists of token ids.
         config: How to write; greedy by default.
         batch_size: Prompts written at a time; the result does not depend on it.
+        end_ids: Tokens that end a text besides the model's own, such as a chat template's end of turn.
 
     Returns:
         The new text of each prompt, in the order of the prompts.
@@ -93,7 +95,8 @@ def generate(
         ConfigError: A prompt is empty, longer than the model's context, or has ids outside the vocabulary.
         ModelError: The model's output is not a number.
     """
-    return [done.text for done in complete(model, tokenizer, prompts, config, batch_size=batch_size)]
+    done = complete(model, tokenizer, prompts, config, batch_size=batch_size, end_ids=end_ids)
+    return [completion.text for completion in done]
 
 
 def complete(
@@ -103,10 +106,12 @@ def complete(
     config: GenerationConfig | None = None,
     *,
     batch_size: int = 16,
+    end_ids: Collection[int] = (),
 ) -> list[Completion]:
     """Continue each prompt, as `generate` does, and say for each how it ended."""
     config = config or GenerationConfig()
-    writers = [_Writer(model, tokenizer, prompt, config, place) for place, prompt in enumerate(prompts)]
+    ends = end_tokens(model, tokenizer, config.stop) | frozenset(end_ids)
+    writers = [_Writer(model, tokenizer, prompt, config, ends, place) for place, prompt in enumerate(prompts)]
     order = sorted(range(len(writers)), key=lambda place: len(writers[place].prompt))
     for first in range(0, len(order), batch_size):
         for _ in _write(model, [writers[place] for place in order[first : first + batch_size]], config):
@@ -115,17 +120,23 @@ def complete(
 
 
 def stream(
-    model: nn.Module, tokenizer: Any, prompt: Prompt, config: GenerationConfig | None = None
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompt,
+    config: GenerationConfig | None = None,
+    *,
+    end_ids: Collection[int] = (),
 ) -> Iterator[str]:
     """Continue one prompt, giving the text out as it is written.
 
-    Joined, the pieces are what `generate` returns for this prompt alone.
+    Joined, the pieces are what `generate` returns for this prompt alone. Arguments and errors are the same.
 
     Yields:
         Pieces of text, never a part of a character.
     """
     config = config or GenerationConfig()
-    writer = _Writer(model, tokenizer, prompt, config, 0)
+    ends = end_tokens(model, tokenizer, config.stop) | frozenset(end_ids)
+    writer = _Writer(model, tokenizer, prompt, config, ends)
     given = 0
     for _ in _write(model, [writer], config):
         yield from writer.pieces[given:]
@@ -187,14 +198,20 @@ class _Writer:
     """One prompt and what has been written after it."""
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, prompt: Prompt, config: GenerationConfig, place: int
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        prompt: Prompt,
+        config: GenerationConfig,
+        ends: frozenset[int],
+        place: int = 0,
     ) -> None:
         self.prompt = encode_prompt(tokenizer, prompt)
         self.tokens: list[int] = []
         self.pieces: list[str] = []
         self.finish: Literal["eos", "stop", "length"] | None = None
         self._limit = min(config.max_new_tokens, _room(model, self.prompt, place))
-        self._ends = end_tokens(model, tokenizer, config.stop)
+        self._ends = ends
         self._detokenizer = Detokenizer(tokenizer, self.prompt)
         self._stops = StopFinder(config.stop)
         self._random = random.Random(f"{config.seed}/{place}")

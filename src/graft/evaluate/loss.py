@@ -138,4 +138,4 @@ def evaluate_loss(model: nn.Module, batches: Iterable[Batch]) -> LossReport:
 
 def perplexity(loss: float) -> float:
     """exp(loss), infinite where that overflows."""
-    return math.exp(loss) if loss < 709 else math.inf
+    return math.inf if loss > 709 else math.exp(loss)

@@ -22,7 +22,7 @@ class Prediction:
     prompt: str | None = None
     reference: str | None = None
     """The answer in the data."""
-    text: str | None = None
+    prediction: str | None = None
     """What the model wrote."""
     loss: float | None = None
     """Cross-entropy summed over the row's labelled tokens, in nats."""
@@ -31,7 +31,9 @@ class Prediction:
     choice: str | None = None
     """The likeliest of the choices."""
     choice_scores: dict[str, float] | None = None
-    """Log-likelihood of each choice in nats, divided by its number of tokens where that was asked for."""
+    """Log-likelihood of each choice, in nats."""
+    choice_tokens: dict[str, int] | None = None
+    """Number of tokens of each choice."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are known."""
@@ -106,9 +108,15 @@ def _mean(score: Callable[[Prediction], float]) -> Callable[[Sequence[Prediction
     return lambda rows: math.fsum(map(score, rows)) / len(rows)
 
 
+def likeliest_per_token(row: Prediction) -> str:
+    """The choice whose log-likelihood per token is highest."""
+    scores, sizes = row.choice_scores or {}, row.choice_tokens or {}
+    return max(scores, key=lambda choice: scores[choice] / sizes[choice])
+
+
 def texts_equal(row: Prediction) -> float:
     """1 where the written text is the reference, white space at both ends aside; else 0."""
-    return float((row.text or "").strip() == (row.reference or "").strip())
+    return float((row.prediction or "").strip() == (row.reference or "").strip())
 
 
 def rouge_l(text: str, reference: str) -> float:
@@ -154,7 +162,7 @@ def bleu(predictions: Sequence[Prediction]) -> float:
         raise ConfigError(
             "the metric bleu needs the package sacrebleu", where="metrics", fix="pip install sacrebleu"
         ) from error
-    texts = [row.text or "" for row in predictions]
+    texts = [row.prediction or "" for row in predictions]
     score = sacrebleu.corpus_bleu(texts, [[row.reference or "" for row in predictions]]).score
     return float(score)
 
@@ -187,7 +195,7 @@ _OURS = (
         doc="ROUGE-L F-measure of the written text",
         need="text",
         better="max",
-        compute=_mean(lambda row: rouge_l(row.text or "", row.reference or "")),
+        compute=_mean(lambda row: rouge_l(row.prediction or "", row.reference or "")),
     ),
     Metric(name="bleu", doc="corpus BLEU (0 to 100)", need="text", better="max", compute=bleu),
     Metric(
@@ -196,6 +204,13 @@ _OURS = (
         need="choice",
         better="max",
         compute=_mean(lambda row: float(row.choice == row.reference)),
+    ),
+    Metric(
+        name="accuracy_per_token",
+        doc="accuracy, the likelihood of a choice counted per token so that long ones are not put back",
+        need="choice",
+        better="max",
+        compute=_mean(lambda row: float(likeliest_per_token(row) == row.reference)),
     ),
 )
 
