@@ -1,0 +1,91 @@
+"""Adapters folded into the weights of a model in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.adapters.adapted import AdaptedLayer, SavedModule, unwrapped
+from graft.adapters.attach import detach
+from graft.adapters.attached import adapter, adapter_modules
+from graft.adapters.targets import base_layers, tied_pair
+from graft.errors import AdapterError
+from graft.models.layers import BaseLayer
+
+
+def merge_into(model: nn.Module, name: str = "default") -> bool:
+    """Fold an adapter into a dense model and take it out: the model stays, its weights change.
+
+    Sums are made in fp32 and rounded once to the dtype of the weight. A tied embedding and head come apart
+    where the adapter touches one of them, so that the other stays what it was.
+
+    Args:
+        model: A model that carries the adapter.
+        name: Which adapter.
+
+    Returns:
+        Whether embedding and output head were untied.
+
+    Raises:
+        AdapterError: No such adapter, or a layer under it is quantized.
+    """
+    known = adapter(model, name)
+    modules = adapter_modules(model)
+    _refuse_quantized(modules, name)
+    pair = tied_pair(model)
+    touched = {*known.targets, *known.saved_modules}
+    untie = pair is not None and not touched.isdisjoint(pair)
+    if pair is not None and untie:
+        _untie(model, pair[1])
+    for module in modules.values():
+        if isinstance(module, SavedModule):
+            _fold_copy(module, name)
+        elif name in module.adapters:
+            layer: Any = module.adapters[name]
+            module.base.replace_weight(layer.merged_weight(module.base, module.base.dense_weight()))
+    detach(model, name)
+    if hasattr(model, "graft_fingerprint"):
+        del model.graft_fingerprint  # it was that of the weights before
+    return untie
+
+
+def _refuse_quantized(modules: dict[str, AdaptedLayer | SavedModule], name: str) -> None:
+    for path, module in modules.items():
+        if isinstance(module, AdaptedLayer) and name in module.adapters and module.base.quantized:
+            raise AdapterError(
+                f"{path} is quantized: an adapter cannot be folded into codes without loss",
+                where=path,
+                fix="load the base without quantization, or use graft merge",
+            )
+
+
+def _fold_copy(module: SavedModule, name: str) -> None:
+    if name not in module.copies:
+        return
+    trained = module.tensors(name)
+    with torch.no_grad():
+        for leaf, old in module.original.named_parameters():
+            old.copy_(trained[leaf])
+
+
+def _untie(model: Any, head: str) -> None:
+    module: Any = unwrapped(model.get_submodule(head))
+    weight: Tensor = module.weight
+    module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    model.config.tie_word_embeddings = False
+
+
+def decode_from(quantized: nn.Module, dense: nn.Module) -> None:
+    """Give a dense model the weights that a quantized one computes with.
+
+    Args:
+        quantized: Some of its layers are quantized; it may carry adapters.
+        dense: The same base, dense and without adapters; changed in place.
+    """
+    for path, base in base_layers(quantized).items():
+        if base.quantized:
+            target = BaseLayer.of(dense.get_submodule(path))
+            assert target is not None, path
+            target.replace_weight(base.dense_weight())
