@@ -42,6 +42,13 @@ SHAREGPT_ROLES = {
 MAX_TURNS = 10_000
 """Most messages of one conversation."""
 _LOOKED_AT = 100
+_USED = {
+    "text": ("text",),
+    "prompt_completion": (),
+    "messages": ("messages", "conversations", "conversation", "system", "tools"),
+    "alpaca": ("instruction", "input", "output", "system", "history", "tools"),
+    "sharegpt": ("conversations", "conversation", "system", "tools"),
+}
 
 Message = dict[str, Any]
 
@@ -89,6 +96,14 @@ class Detected:
     format: str
     reason: str
     columns: Mapping[str, str] = field(default_factory=dict)
+
+    def unused(self, row: Row) -> list[str]:
+        """The columns of a row that this format has no part for."""
+        if isinstance(row.value, str):
+            return []
+        own = detect([row]) if self.format == "mixed" else self
+        used = {*own.columns.values(), *_USED[own.format]}
+        return [name for name in row.value if name not in used]
 
 
 def detect(rows: Sequence[Row], wanted: str = "auto") -> Detected:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graft.data.masking import IGNORED, Sample
 from graft.data.packing import pack
+from graft.data.samples import IGNORED, Sample
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -11,14 +12,17 @@ from typing import Any
 
 from graft.data.config import DataConfig
 from graft.data.formats import Detected, Example, detect, to_example
-from graft.data.masking import IGNORED, Encoder, Rejected, Sample
+from graft.data.masking import Encoder
 from graft.data.report import Report, show_sample
+from graft.data.samples import IGNORED, SPLIT, TRUNCATED, Rejected, Sample
 from graft.data.sources import Row, read_rows
 from graft.data.templates import read_template
 from graft.errors import DataError
 
 _NAMED = 3
 """Refused rows that an error names."""
+_SHOWN = 40
+"""Unknown characters that a note shows."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ def prepare(path: str, tokenizer: Any, config: DataConfig, split: str = "train")
         split: "train" or "eval": which file of a directory, and what errors call it.
 
     Raises:
-        DataError: A row is wrong (unless skip_invalid), or no row can be learned from; names file and line.
+        _nothing: A DataError: no row can be learned from; names the first rows and why.
+        DataError: A row is wrong (unless skip_invalid); names file and line.
         StorageError: The file cannot be read.
     """
     encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
@@ -75,7 +80,7 @@ def prepare(path: str, tokenizer: Any, config: DataConfig, split: str = "train")
     if not samples:
         raise _nothing(path, report.rejected)
     _count(samples, encoder, report)
-    _note(report, encoder, config)
+    _note(report, rows, detected, encoder)
     report.preview = [show_sample(sample, encoder.tokenizer) for sample in samples[:2]]
     return Dataset(samples, report, _digest(rows))
 
@@ -186,6 +191,7 @@ def _encode(
     examples: Iterator[Example], encoder: Encoder, config: DataConfig, report: Report
 ) -> list[Sample]:
     samples: list[Sample] = []
+    remarks: Counter[str] = Counter()
     for found in encoder.encode(examples, config.max_length, config.on_overlong):
         if isinstance(found, Rejected):
             if found.invalid and not config.skip_invalid:
@@ -199,9 +205,10 @@ def _encode(
             report.rejected.append((found.where, found.reason))
             continue
         report.num_used += 1
-        report.num_split += len(found) > 1
-        report.num_truncated += any(sample.truncated for sample in found)
+        remarks.update(found[0].remarks)
         samples += found
+    report.num_split, report.num_truncated = remarks[SPLIT], remarks[TRUNCATED]
+    report.notes += [f"{_rows(count)} {remark}" for remark, count in remarks.items()]
     return samples
 
 
@@ -222,22 +229,29 @@ def _num_ends(sample: Sample, encoder: Encoder) -> int:
     )
 
 
-def _note(report: Report, encoder: Encoder, config: DataConfig) -> None:
-    if report.num_split:
-        report.notes.append(
-            f"{report.num_split} plain texts were longer than {config.max_length} tokens and split into "
-            "consecutive samples; on_overlong is for rows with an answer"
-        )
-    if report.num_truncated:
-        report.notes.append(
-            f"{report.num_truncated} rows were cut at {config.max_length} tokens, end included"
-        )
+def _note(report: Report, rows: Sequence[Row], detected: Detected, encoder: Encoder) -> None:
+    if unused := detected.unused(rows[0]):
+        report.notes.append(f"columns that are not used: {', '.join(unused)}")
     if report.num_duplicates:
         report.notes.append(f"{report.num_duplicates} samples are equal to an earlier one")
     if report.rejected:
         report.notes.append(
-            f"{len(report.rejected)} rows were left out, the first: {': '.join(report.rejected[0])}"
+            f"{_rows(len(report.rejected))} left out, the first: {': '.join(report.rejected[0])}"
         )
+    lost = encoder.text.lost_characters(_characters([row.value for row in rows]))
+    if lost:
+        report.notes.append(f"characters that the tokenizer does not know: {' '.join(lost[:_SHOWN])}")
+
+
+def _characters(value: Any) -> set[str]:
+    if isinstance(value, str):
+        return set(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return set().union(*map(_characters, parts))
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"
 
 
 def _nothing(path: str, rejected: list[tuple[str, str]]) -> DataError:

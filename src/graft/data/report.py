@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from graft.data.masking import IGNORED, Sample
+from graft.data.samples import IGNORED, Sample
 
 LEARNED_MARKS = ("⟦", "⟧")
 """Stand around what is learned in a shown sample."""

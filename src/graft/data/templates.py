@@ -22,6 +22,7 @@ MAX_TEMPLATE_BYTES = 1 << 20
 """Largest template file."""
 
 _INDENTED = re.compile(r"(^|\n)[ \t]{2,}")
+_MARK = re.compile(r"\{%-?\s*generation\b")
 _SENTINEL = "\U0010fffe"
 _FAILURES = (
     jinja2.TemplateError,
@@ -99,7 +100,7 @@ class ChatTemplate:
         _check_syntax(
             self.source, "the tokenizer's chat template" if source is None else "data.chat_template"
         )
-        self.has_marks = "endgeneration" in self.source
+        self.has_marks = _MARK.search(self.source) is not None
 
     def render(
         self, messages: Sequence[Message], tools: Any = None, *, ask: bool = False, where: str = ""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from graft.errors import DataError
@@ -18,6 +19,21 @@ from graft.errors import DataError
 _FIRST_CONTROL = 0xF0000
 _FIRST_QUOTED = 0x100000
 _PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A text encoded so that no token spans one of its edges.
+
+    Attributes:
+        ids: Token ids.
+        starts: Where each token begins in the text.
+        edges: How many tokens stand before each edge.
+    """
+
+    ids: list[int]
+    starts: list[int]
+    edges: dict[int, int]
 
 
 class TextEncoder:
@@ -29,7 +45,7 @@ class TextEncoder:
     Attributes:
         bos_ids: What the tokenizer puts before a text by itself, often one id or nothing.
         eos_id: The id that ends a text, None where the tokenizer has none.
-        control_ids: Ids of all control tokens.
+        control_ids: Ids of all control tokens, and of other tokens that were added to the vocabulary.
 
     Raises:
         DataError: The tokenizer is not a fast one.
@@ -54,7 +70,7 @@ class TextEncoder:
         self._controls = _any_of(controls)
         self._copy = _renamed(state, self._to_private)
         assert all(self._copy.token_to_id(self._to_private[text]) == id for text, id in controls.items())
-        self.control_ids = frozenset(controls.values()) | _added_ids(state)
+        self.control_ids = frozenset(token["id"] for token in state["added_tokens"])
         self.bos_ids = _prefix_ids(tokenizer)
         self.eos_id: int | None = tokenizer.eos_token_id
 
@@ -72,11 +88,46 @@ class TextEncoder:
         found: list[int] = self.encode([text])[0].ids
         return found
 
-    def starts(self, text: str) -> list[int]:
-        """Where each token of a text begins in it."""
-        return [start for start, _ in self.encode([text])[0].offsets]
+    def encode_apart(self, texts: Sequence[tuple[str, Sequence[int]]]) -> list[Apart]:
+        """Encode texts such that what stands before each edge has the ids it would have alone.
 
-    def following_ids(self, text: str) -> tuple[list[int], list[int]]:
+        Nearly always the whole text's ids already have this property and are kept. Where a token would span
+        the edge between a prompt and its answer, the model would meet other ids when it generates than it
+        was trained on; there the text is encoded in two parts.
+
+        Args:
+            texts: Each with its edges, ascending places in it.
+        """
+        wholes = self.encode([text for text, _ in texts])
+        befores = iter(self.encode([text[:edge] for text, edges in texts for edge in edges]))
+        return [
+            self._apart(text, whole, {edge: next(befores) for edge in edges})
+            for (text, edges), whole in zip(texts, wholes, strict=True)
+        ]
+
+    def _apart(self, text: str, whole: Any, befores: dict[int, Any]) -> Apart:
+        ids, starts = list(whole.ids), _starts(whole)
+        counts: dict[int, int] = {}
+        base, head = 0, 0  # the ids from `head` on are those of the text from `base` on
+        for edge, before in befores.items():
+            if base:
+                part, part_starts = self._following(text[base:edge])
+            else:
+                part, part_starts = before.ids, _starts(before)
+            count = head + len(part)
+            if ids[head:count] != part:
+                tail, tail_starts = self._following(text[edge:])
+                ids = [*ids[:head], *part, *tail]
+                starts = [
+                    *starts[:head],
+                    *(base + at for at in part_starts),
+                    *(edge + at for at in tail_starts),
+                ]
+                base, head = edge, count
+            counts[edge] = count
+        return Apart(ids, starts, counts)
+
+    def _following(self, text: str) -> tuple[list[int], list[int]]:
         """The ids of a text that stands in the middle of another, and where each begins in it.
 
         Some tokenizers put a space before whatever they are given; an anchor takes it instead.
@@ -85,10 +136,17 @@ class TextEncoder:
             encoding = self.encode([anchor + text])[0]
             skipped = self.encode([anchor])[0].ids
             if encoding.ids[: len(skipped)] == skipped:
-                starts = [max(start - 1, 0) for start, _ in encoding.offsets[len(skipped) :]]
-                return encoding.ids[len(skipped) :], starts
+                starts = [max(start - 1, 0) for start in _starts(encoding)]
+                return encoding.ids[len(skipped) :], starts[len(skipped) :]
         encoding = self.encode([text])[0]
-        return encoding.ids, [start for start, _ in encoding.offsets]
+        return encoding.ids, _starts(encoding)
+
+    def lost_characters(self, chars: Iterable[str]) -> list[str]:
+        """Those characters that the tokenizer has no token for, and drops or makes unknown."""
+        visible = sorted(char for char in set(chars) if char.strip() and not private_character(char))
+        encodings = self.encode(visible)
+        texts = [self.tokenizer.decode(encoding.ids, skip_special_tokens=True) for encoding in encodings]
+        return [char for char, text in zip(visible, texts, strict=True) if not text.strip()]
 
     def mark_controls(self, rendered: str) -> str:
         """Make the control tokens of a template's output count, and the quoted ones plain text again."""
@@ -100,7 +158,7 @@ class TextEncoder:
         return self._controls.search(text) is not None
 
     def quote_controls(self, value: Any) -> Any:
-        """Hide the spelling of control tokens from `mark_controls`, in a text or in all texts of a structure."""
+        """Hide the spelling of control tokens from `mark_controls`, in all texts of a structure."""
         if isinstance(value, str):
             return self._controls.sub(lambda found: self._to_quoted[found[0]], value)
         if isinstance(value, dict):
@@ -116,13 +174,13 @@ def private_character(text: str) -> str:
     return found[0] if found else ""
 
 
-def _any_of(texts: Any) -> re.Pattern[str]:
+def _starts(encoding: Any) -> list[int]:
+    return [start for start, _ in encoding.offsets]
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
     longest_first = sorted((text for text in texts if text), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-def _added_ids(state: dict[str, Any]) -> frozenset[int]:
-    return frozenset(token["id"] for token in state["added_tokens"])
 
 
 def _renamed(state: dict[str, Any], names: dict[str, str]) -> Any:
