@@ -18,6 +18,8 @@ BITS = {"nf4": 4, "fp4": 4, "int8": 8}
 class QuantizationConfig:
     """How the linear layers of a base model are stored (QLoRA, arXiv:2305.14314, sec. 3)."""
 
+    SHORTHAND = "quant_type"
+
     quant_type: Literal["nf4", "fp4", "int8"] = "nf4"
     """Format of a weight: nf4 (4 bits, for normally distributed weights), fp4 (4-bit floats) or int8."""
 

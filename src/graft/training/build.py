@@ -315,7 +315,7 @@ def _train(
     for name, why in reasons.items():
         monitor.say(f"{name}: {why}")
     if config.training.gradient_checkpointing:
-        base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.model.activation_checkpointing_enable({"use_reentrant": False})
     with job.stop.listen():
         position = Training(job, checkpoint).run()
     monitor.say(_use_best(job, position, config.training))

@@ -31,3 +31,8 @@ def test_a_row_of_no_known_kind_is_still_refused() -> None:
     with pytest.raises(DataError, match="fit no known format") as caught:
         to_example(Row({"speech": "Hi"}, "rows:9"), detect(ROWS, "mixed"))
     assert caught.value.where == "rows:9"
+
+
+def test_unused_columns_are_told_for_the_kind_of_the_row() -> None:
+    row = Row({"text": "Once.", "year": 1900}, "rows:1")
+    assert detect(ROWS, "mixed").unused(row) == ["year"]

@@ -1,0 +1,133 @@
+"""The op table: which backend runs, why, and that falling back is heard."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from graft import kernels
+from graft.errors import ConfigError, QuantError
+from graft.kernels.ops import fill
+from graft.kernels.table import Backend, KernelFallbackWarning, OpTable
+
+
+@pytest.fixture
+def table() -> OpTable:
+    table = OpTable()
+    fill(table)
+    return table
+
+
+def test_reference_has_every_op(table: OpTable) -> None:
+    choices = table.explain("cpu")
+    assert {choice.op for choice in choices} == set(table.ops)
+    assert all(choice.backend == "reference" and choice.reason for choice in choices)
+
+
+def test_the_newest_backend_runs(table: OpTable) -> None:
+    table.add_backend(Backend("fast"))
+    table.register("pack_bits", "fast", lambda codes, bits: "packed fast")
+    assert table.call("pack_bits", torch.zeros(4, dtype=torch.uint8), 4) == "packed fast"
+    assert table.choose("pack_bits").backend == "fast"
+    table.remove_backend("fast")
+    assert table.call("pack_bits", torch.zeros(4, dtype=torch.uint8), 4).tolist() == [0, 0]
+
+
+def test_a_missing_op_falls_back_and_says_so_once(table: OpTable) -> None:
+    table.add_backend(Backend("fast"))
+    with pytest.warns(KernelFallbackWarning, match="pack_bits runs on the reference backend .fast: has no such op"):
+        table.select("pack_bits")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table.select("pack_bits")
+    assert "has no such op" in table.choose("pack_bits").reason
+
+
+def test_a_backend_that_cannot_run_is_passed_over(table: OpTable) -> None:
+    table.add_backend(Backend("fast", problem=lambda: "no compiler"))
+    table.register("pack_bits", "fast", lambda codes, bits: codes)
+    with pytest.warns(KernelFallbackWarning, match="no compiler"):
+        assert table.select("pack_bits") is not None
+    assert table.choose("pack_bits").backend == "reference"
+
+
+def test_a_backend_of_another_device_is_silent(table: OpTable) -> None:
+    table.add_backend(Backend("gpu", devices=("cuda",)))
+    table.register("pack_bits", "gpu", lambda codes, bits: codes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table.select("pack_bits", "cpu")
+    assert table.choose("pack_bits", "cuda").backend == "gpu"
+
+
+def test_unknown_names_are_refused(table: OpTable) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'pack_bits'"):
+        table.select("pack_bit")
+    with pytest.raises(ConfigError, match="no op"):
+        table.call("nothing")
+    with pytest.raises(ConfigError, match="no op"):
+        table.register("nothing", "reference", len)
+    with pytest.raises(ConfigError, match="add_backend"):
+        table.register("pack_bits", "nobody", len)
+    with pytest.raises(ConfigError, match="no backend runs"):
+        OpTable().choose("pack_bits") if "pack_bits" in OpTable().ops else _orphan().choose("pack_bits")
+
+
+def _orphan() -> OpTable:
+    table = OpTable()
+    fill(table)
+    table.remove_backend("reference")
+    return table
+
+
+BYTES, BOOK = torch.zeros(32, dtype=torch.uint8), torch.linspace(-1, 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "kwargs", "message"),
+    [
+        ("encode_blockwise", (torch.zeros(64), BOOK), {"bits": 3, "blocksize": 64}, "bits is 3"),
+        ("encode_blockwise", (torch.zeros(64), BOOK), {"bits": 4, "blocksize": 48}, "blocksize 48"),
+        ("encode_blockwise", (torch.zeros(64), BOOK[:8]), {"bits": 4, "blocksize": 64}, "codebook"),
+        ("encode_blockwise", (torch.zeros(64).double(), BOOK), {"bits": 4, "blocksize": 64}, "float64"),
+        ("encode_blockwise", (torch.zeros(8, 8), BOOK), {"bits": 4, "blocksize": 64}, "not flat"),
+        (
+            "decode_blockwise",
+            (BYTES, torch.zeros(2), BOOK),
+            {"bits": 4, "blocksize": 64, "out": torch.zeros(64)},
+            "absmax",
+        ),
+        (
+            "decode_blockwise",
+            (BYTES[1:], torch.zeros(1), BOOK),
+            {"bits": 4, "blocksize": 64, "out": torch.zeros(64)},
+            "codes",
+        ),
+        (
+            "decode_blockwise",
+            (BYTES, torch.zeros(1), BOOK),
+            {"bits": 4, "blocksize": 64, "out": torch.zeros(8, 8).t()},
+            "contiguous",
+        ),
+        ("pack_bits", (BYTES, 5), {}, "bits is 5"),
+        ("pack_bits", (torch.zeros(3), 4), {}, "uint8"),
+        ("unpack_bits", (BYTES, 4, 65), {}, "65 codes"),
+        (
+            "quantized_linear",
+            (torch.zeros(1, 8), BYTES, torch.zeros(1), BOOK, torch.zeros(7)),
+            {"bits": 4, "blocksize": 64, "out_features": 8},
+            "bias",
+        ),
+    ],
+)
+def test_arguments_are_checked(op: str, args: tuple, kwargs: dict, message: str) -> None:
+    with pytest.raises(QuantError, match=message):
+        kernels.call(op, *args, **kwargs)
+
+
+def test_the_front_door_of_the_room() -> None:
+    assert {choice.backend for choice in kernels.explain()} == {"reference"}
+    with pytest.raises(AttributeError):
+        _ = kernels.nothing
