@@ -91,7 +91,7 @@ def tensor_digest(name: str, tensor: Tensor) -> str:
 def tokenizer_digest(tokenizer: Any) -> str:
     """sha256 over what turns text into token ids: the same for a tokenizer and its saved copy.
 
-    Truncation, padding and the pad token are settings of a use, not of the tokenizer, and do not count.
+    Truncation, padding and which token pads are settings of a use, not of the tokenizer, and do not count.
     """
     if tokenizer is None:
         return ""
@@ -100,8 +100,6 @@ def tokenizer_digest(tokenizer: Any) -> str:
         state = json.loads(backend.to_str())
         state.pop("truncation", None)
         state.pop("padding", None)
-        pad_id = tokenizer.pad_token_id
-        state["added_tokens"] = [token for token in state.get("added_tokens", ()) if token["id"] != pad_id]
     else:
         state = {"vocabulary": tokenizer.get_vocab(), "kind": type(tokenizer).__name__}
     state["special"] = {

@@ -71,7 +71,8 @@ def _nearest(path: Path) -> str:
     if path.exists():
         return f"this is a file; give {str(path.parent)!r}"
     parent = path.parent
-    siblings = sorted(entry.name for entry in parent.iterdir() if entry.is_dir()) if parent.is_dir() else []
+    entries = parent.iterdir() if parent.is_dir() else ()
+    siblings = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
     near = closest(path.name, siblings)
     if near:
         return f"did you mean {str(parent / near)!r}?"
@@ -111,11 +112,11 @@ def _download(name: str, revision: str | None) -> Path:
             directory = Path(snapshot_download(name, revision=revision, allow_patterns=[*_FILES, "*.bin"]))
     except (OSError, HFValidationError) as error:
         near = closest(name, [entry.name for entry in Path.cwd().iterdir() if entry.is_dir()])
-        fix = f"did you mean the directory {near!r}? Otherwise" if near else "check the path if it is one;"
+        fix = f"did you mean the directory {near!r}? Otherwise " if near else ""
         raise ModelError(
             f"no directory {name!r} here, and the hub did not give a model of that name"
             f" ({str(error).splitlines()[0] if str(error) else type(error).__name__})",
             where=where,
-            fix=f"{fix} check the id and the network, or download it first with `hf download {name}`",
+            fix=f"{fix}check the name and the network, or download it first with `hf download {name}`",
         ) from error
     return directory
