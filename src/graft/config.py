@@ -101,8 +101,9 @@ class Settings:
         elif leaf in ALIASES and (path == leaf or path.split(".")[0] == ALIASES[leaf].split(".")[0]):
             self.notes.append(f"{path} ({origin}) is {ALIASES[leaf]} here")
             path = ALIASES[leaf]
-        if path in self.values and self.origins[path] == origin:
-            self.problems.append(ConfigError(f"{path} is given twice", where=origin, fix="keep one of them"))
+        if path in self.values and not origin.startswith("--"):  # of repeated flags the last one wins
+            where = f"{self.origins[path]} and {origin}"
+            self.problems.append(ConfigError(f"{path} is given twice", where=where, fix="keep one of them"))
         self.values[path] = value
         self.origins[path] = origin
 

@@ -109,6 +109,7 @@ def test_round_trip_through_a_dictionary(tmp_path: Path) -> None:
         ("a: &x [1]\nb: *x\n", "alias"),
         ("model: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
         ("training: {seed: 1, seed: 2}\n", "given twice"),
+        ("lora_r: 4\nadapter: {rank: 8}\n", "adapter.rank is given twice"),
         ("training: [", "not YAML"),
         ("- 1\n", "a mapping is needed"),
         ("training: 5\n", "training"),
