@@ -10,8 +10,8 @@ import numpy as np
 def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """Put samples into rows of at most `max_length` tokens, first fit decreasing.
 
-    The longest sample comes first, and each goes into the first row that has room; among samples of one length
-    the earlier comes first. At most 11/9 of the fewest possible rows are used, plus one.
+    The longest sample comes first, and each goes into the first row that has room; among samples of one
+    length the earlier comes first. At most 11/9 of the fewest possible rows are used, plus one.
 
     Args:
         lengths: Tokens of each sample, each from 1 to max_length.

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 from graft.data.config import DataConfig
 from graft.data.formats import Detected, Example, detect, to_example
@@ -62,8 +62,7 @@ def prepare(path: str, tokenizer: Any, config: DataConfig, split: str = "train")
         split: "train" or "eval": which file of a directory, and what errors call it.
 
     Raises:
-        _nothing: A DataError: no row can be learned from; names the first rows and why.
-        DataError: A row is wrong (unless skip_invalid); names file and line.
+        DataError: A row is wrong (unless skip_invalid), or no row can be learned from; names file and line.
         StorageError: The file cannot be read.
     """
     encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
@@ -71,14 +70,14 @@ def prepare(path: str, tokenizer: Any, config: DataConfig, split: str = "train")
     reading = read_rows(path, split=split, on_invalid=invalid.append if config.skip_invalid else None)
     rows = list(islice(reading, config.limit))
     if not rows:
-        raise _nothing(path, [(error.where, error.what) for error in invalid])
+        _refuse_all(path, [(error.where, error.what) for error in invalid])
     detected = detect(rows, config.format)
     report = Report(path, detected.format, detected.reason, num_rows=len(rows) + len(invalid))
     report.rejected = [(error.where, error.what) for error in invalid]
     examples = _examples(rows, detected, encoder, None if config.skip_invalid else _stop, report)
     samples = _encode(examples, encoder, config, report)
     if not samples:
-        raise _nothing(path, report.rejected)
+        _refuse_all(path, report.rejected)
     _count(samples, encoder, report)
     _note(report, rows, detected, encoder)
     report.preview = [show_sample(sample, encoder.tokenizer) for sample in samples[:2]]
@@ -105,9 +104,8 @@ def prepare_splits(tokenizer: Any, config: DataConfig, *, seed: int = 0) -> tupl
         held_out = prepare(config.eval, encoder, config, "eval")
         held_out.report.num_overlap = count_overlap(train.samples, held_out.samples)
         if held_out.report.num_overlap:
-            held_out.report.notes.append(
-                f"{held_out.report.num_overlap} of {len(held_out.samples)} samples are also in the training data"
-            )
+            shared = f"{held_out.report.num_overlap} of {len(held_out.samples)} samples"
+            held_out.report.notes.append(f"{shared} are also in the training data")
         return train, held_out
     if config.eval_fraction:
         return split_eval(train, config.eval_fraction, seed, encoder)
@@ -254,12 +252,12 @@ def _rows(count: int) -> str:
     return "1 row" if count == 1 else f"{count:,} rows"
 
 
-def _nothing(path: str, rejected: list[tuple[str, str]]) -> DataError:
+def _refuse_all(path: str, rejected: list[tuple[str, str]]) -> NoReturn:
     if not rejected:
-        return DataError("the file holds no rows", where=path, fix="check that it was written completely")
+        raise DataError("the file holds no rows", where=path, fix="check that it was written completely")
     named = "; ".join(f"{where}: {reason}" for where, reason in rejected[:_NAMED])
     more = f"; and {len(rejected) - _NAMED} more" if len(rejected) > _NAMED else ""
-    return DataError(
+    raise DataError(
         f"none of {len(rejected)} rows can be learned from ({named}{more})",
         where=path,
         fix="raise data.max_length if answers are cut away; otherwise correct the rows",

@@ -191,7 +191,11 @@ class ChatTemplate:
         return self._end_by_content(text, conversation, index)
 
     def _end_by_content(self, text: str, conversation: Conversation, index: int) -> int:
-        """Where templates write a later history differently: after the content and its closing mark."""
+        """Where templates write a later history differently: after the content and its closing mark.
+
+        Raises:
+            DataError: The content does not come through the template as it is.
+        """
         changed = list(conversation.messages)
         changed[index] = {**changed[index], "content": changed[index]["content"] + _SENTINEL}
         whole = self.render(changed, conversation.tools, where=conversation.where)
