@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from graft.data.loader import Batch, Loader
+from graft.data.masking import IGNORED, Sample
+from graft.errors import DataError
+from graft.evaluate import loss as loss_module
+from graft.evaluate.loss import evaluate_loss, perplexity, token_losses
+from graft.models.load import load
+
+
+@pytest.fixture
+def tiny(tiny_dir: Callable[..., Path], tiny_family: str) -> Any:
+    return load(tiny_dir(tiny_family)).model
+
+
+def _samples(seed: int = 0) -> list[Sample]:
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for length in (9, 30, 17, 5, 22):
+        ids = torch.randint(3, 264, (length,), generator=generator).tolist()
+        labels = [IGNORED, *(token if place % 3 else IGNORED for place, token in enumerate(ids[1:]))]
+        samples.append(Sample(ids, labels))
+    return samples
+
+
+def _batch(samples: list[Sample], *, packing: bool) -> Batch:
+    return next(Loader(samples, batch_size=8, max_length=64, packing=packing, shuffle=False).epoch(0))
+
+
+def _expected(model: Any, samples: list[Sample]) -> tuple[float, int]:
+    """transformers' own loss of each sample alone, times its number of labelled tokens."""
+    total, count = 0.0, 0
+    for sample in samples:
+        labels = torch.tensor([sample.labels])
+        num = int((labels != IGNORED).sum())
+        total += float(model(torch.tensor([sample.input_ids]), labels=labels).loss.detach()) * num
+        count += num
+    return total, count
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_sum_is_transformers_loss_of_each_sample_alone(tiny: Any, packing: bool) -> None:
+    with torch.no_grad():
+        total, count = token_losses(tiny, _batch(_samples(), packing=packing))
+    expected, num = _expected(tiny, _samples())
+    assert count == num
+    # fp32 sums of about fifty terms of size five
+    assert float(total) == pytest.approx(expected, rel=1e-5)
+
+
+def test_chunks_change_neither_the_loss_nor_the_gradients(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = _batch(_samples(), packing=True)
+    found = []
+    for chunk in (loss_module.CHUNK_LOGITS, 264 * 7):
+        monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk)
+        tiny.zero_grad()
+        total, _ = token_losses(tiny, batch)
+        total.backward()
+        found.append([total.detach(), *(p.grad.clone() for p in tiny.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 5
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_is_fp32_and_only_labelled_positions_meet_the_head(tiny: Any) -> None:
+    model = tiny.bfloat16()
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda _module, inputs, _out: seen.append(inputs[0].shape))
+    batch = _batch(_samples(), packing=False)
+    total, count = token_losses(model, batch)
+    assert total.dtype == torch.float32
+    assert seen == [(count, model.config.hidden_size)]
+    assert count == batch.num_labelled_tokens
+
+
+def test_the_mean_weighs_tokens_not_batches(tiny: Any) -> None:
+    samples = _samples()
+    tiny.train()
+    report = evaluate_loss(tiny, Loader(samples, 2, 64, packing=False, shuffle=False).epoch(0))
+    assert tiny.training
+    tiny.eval()
+    expected, num = _expected(tiny, samples)
+    assert report.num_tokens == num
+    assert report.loss == pytest.approx(expected / num, rel=1e-5)
+    assert report.perplexity == pytest.approx(math.exp(expected / num), rel=1e-4)
+
+
+def test_adapters_get_the_gradients_of_plain_cross_entropy(tiny_dir: Callable[..., Path]) -> None:
+    from graft.adapters.attach import attach
+    from graft.adapters.attached import adapter_tensors
+    from graft.adapters.lora import LoraConfig
+
+    model = load(tiny_dir("llama")).model
+    attach(model, LoraConfig(rank=4), seed=1)
+    sample = _samples()[1]
+    ids, labels = torch.tensor([sample.input_ids]), torch.tensor([sample.labels])
+    tensors = adapter_tensors(model)
+    for tensor in tensors.values():
+        torch.nn.init.normal_(tensor, std=0.1, generator=torch.Generator().manual_seed(2))
+    logits = model(ids).logits[:, :-1]
+    functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum").backward()
+    expected = {name: tensor.grad.clone() for name, tensor in tensors.items()}
+    model.zero_grad()
+    token_losses(model, _batch([sample], packing=True))[0].backward()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_nothing_labelled_is_refused(tiny_dir: Callable[..., Path]) -> None:
+    model = load(tiny_dir("llama")).model
+    with pytest.raises(DataError, match="no labelled token"):
+        evaluate_loss(model, [_batch([Sample([5, 6, 7], [IGNORED] * 3)], packing=False)])
+
+
+def test_perplexity_at_the_edges() -> None:
+    assert perplexity(0.0) == 1.0
+    assert perplexity(1e4) == math.inf
+    assert math.isnan(perplexity(math.nan))
