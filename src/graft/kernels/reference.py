@@ -28,7 +28,7 @@ CHUNK_ELEMENTS = 1 << 18
 """Elements worked on at once: 1 MB in fp32, which stays in the cache, and a multiple of every blocksize."""
 
 TINY = 1e-38
-"""The least absmax that is divided by; its reciprocal is finite."""
+"""The least absmax that 4-bit codes are divided by; its reciprocal is finite."""
 
 
 def encode_blockwise(flat: Tensor, codebook: Tensor, *, bits: int, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -143,7 +143,8 @@ def _encode_grid(values: Tensor, codebook: Tensor, blocksize: int, absmax: Tenso
         values = torch.cat([values, values.new_zeros(num_blocks * blocksize - num_elements)])
     blocks = values.view(num_blocks, blocksize)
     torch.amax(blocks.abs(), dim=1, out=absmax)
-    scaled = blocks * absmax.clamp(min=TINY).reciprocal_()[:, None]
+    # Where 1/absmax overflows, the signs of the values are what is left of them.
+    scaled = blocks * absmax.reciprocal()[:, None]
     codes = grid_codes(_within_one(scaled.view(-1)), codebook).view(num_blocks, blocksize)
     # A block of zeros has code 0 whatever that stands for: its absmax is 0.
     codes.masked_fill_((absmax == 0)[:, None], 0)
@@ -151,7 +152,7 @@ def _encode_grid(values: Tensor, codebook: Tensor, blocksize: int, absmax: Tenso
 
 
 def _within_one(scaled: Tensor) -> Tensor:
-    # NaN is no place in a table; the caller finds it in absmax.
+    # NaN has no place in a table. It comes from 0/0, or from a NaN that shows in absmax.
     return scaled.nan_to_num_(nan=0.0).clamp_(-1, 1)
 
 

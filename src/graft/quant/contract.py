@@ -15,7 +15,7 @@ SIZES = (1, 2, 63, 64, 65, 640, 1001)
 """Elements tried: less than a block, whole blocks, a short last block, odd counts."""
 
 GRID_ERROR = 2e-5
-"""How far from the nearest entry a format of 8 bits may choose, in parts of absmax; see kernels/reference.py."""
+"""How far from the nearest entry 8 bits may choose, in parts of absmax; see kernels/reference.py."""
 
 
 class Format(Protocol):
@@ -26,7 +26,7 @@ class Format(Protocol):
     codebook: tuple[float, ...]
 
     def encode(self, flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-        """Values (N,) to packed codes uint8 (ceil(N * bits / 8),) and absmax float32 (ceil(N / blocksize),)."""
+        """Values (N,) to packed uint8 (ceil(N * bits / 8),) and absmax float32 (ceil(N / blocksize),)."""
 
     def decode(self, codes: Tensor, absmax: Tensor, blocksize: int, out: Tensor) -> Tensor:
         """Packed codes and absmax to values in `out`, any floating dtype; returns `out`."""
@@ -35,9 +35,9 @@ class Format(Protocol):
 def check_quant_format(fmt: Format) -> None:
     """Check that a format keeps the promises that quantized tensors and layers build on.
 
-    Its codebook lies on [-1, 1] and has 0 and 1; parts have the documented shapes; values come back as the nearest
-    entry; zeros stay zeros; blocks do not touch each other; the same values give the same bytes; what was
-    decoded encodes to the same codes; decoding to a narrow dtype rounds once.
+    Its codebook lies on [-1, 1] and has 0 and 1; parts have the documented shapes; values come back as the
+    nearest entry; zeros stay zeros; blocks do not touch each other; the same values give the same bytes; what
+    was decoded encodes to the same codes; decoding to a narrow dtype rounds once.
 
     Args:
         fmt: The format: `name`, `bits`, `codebook`, `encode`, `decode`.
@@ -45,7 +45,8 @@ def check_quant_format(fmt: Format) -> None:
     Raises:
         QuantError: The promises that are not kept, all of them.
     """
-    broken = [f"{promise}: {found}" for promise, check in _PROMISES.items() if (found := _run(check, fmt))]
+    findings = {promise: _run(check, fmt) for promise, check in _PROMISES.items()}
+    broken = [f"{promise}: {found}" for promise, found in findings.items() if found]
     if broken:
         raise QuantError(
             "; ".join(broken), where=f"format {getattr(fmt, 'name', fmt)!r}", fix="mend the format"
@@ -78,7 +79,8 @@ def _shapes(fmt: Format) -> Iterator[str]:
     for size in SIZES:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             codes, absmax = fmt.encode(_values(size).to(dtype), BLOCKSIZE)
-            wanted = (torch.uint8, ((size * fmt.bits + 7) // 8,), torch.float32, (-(-size // BLOCKSIZE),))
+            num_bytes, num_blocks = (size * fmt.bits + 7) // 8, -(-size // BLOCKSIZE)
+            wanted = (torch.uint8, (num_bytes,), torch.float32, (num_blocks,))
             found = (codes.dtype, tuple(codes.shape), absmax.dtype, tuple(absmax.shape))
             if found != wanted:
                 yield f"{size} elements of {dtype} give {found}, not {wanted}"
@@ -93,7 +95,8 @@ def _nearest(fmt: Format) -> Iterator[str]:
         error = (_round_trip(fmt, values).double() - values.double()).abs() / absmax
         least = (values.double()[:, None] / absmax[:, None] - entries).abs().amin(1)
         if bool((error > least + slack).any()):
-            yield f"of {size} values some are off by {(error - least).max().item():.2g} of absmax more than needed"
+            excess = (error - least).max().item()
+            yield f"of {size} values some are off by {excess:.2g} of absmax more than needed"
 
 
 def _zeros(fmt: Format) -> Iterator[str]:

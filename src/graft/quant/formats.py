@@ -143,7 +143,7 @@ FORMATS: dict[str, QuantFormat] = {
 """The formats by quant_type."""
 
 ABSMAX_FORMAT = QuantFormat("dynamic", 8, dynamic_map(), "8 bits over seven decades, for scales")
-"""The format of the scales in double quantization."""
+"""The format of scales in double quantization. Not for weights: a zero comes back as 1.5e-5 of absmax."""
 
 
 def format_of(quant_type: str) -> QuantFormat:

@@ -180,8 +180,11 @@ def quantize(weight: Tensor, config: QuantizationConfig, *, where: str = "") -> 
     if weight.numel() == 0:
         raise QuantError(f"cannot quantize a tensor without elements, {tuple(weight.shape)}", where=where)
     flat = weight.detach().reshape(-1)
-    codes, absmax = format_of(config.quant_type).encode(flat, config.blocksize)
+    fmt = format_of(config.quant_type)
+    codes, absmax = fmt.encode(flat, config.blocksize)
     _check_finite(absmax, flat, config.blocksize, where)
+    if config.double_quant and fmt.bits == 8:
+        _keep_zeros(codes, absmax, config.blocksize, fmt.codebook.index(0.0))
     codes = codes.view(_codes_shape(tuple(weight.shape), config.bits))
     scale = offset = None
     if config.double_quant:
@@ -235,6 +238,14 @@ def _codes_shape(shape: tuple[int, ...], bits: int) -> tuple[int, int]:
     if row and row * bits % 8 == 0:
         return shape[0], row * bits // 8
     return (prod(shape) * bits + 7) // 8, 1
+
+
+def _keep_zeros(codes: Tensor, absmax: Tensor, blocksize: int, zero: int) -> None:
+    """Give blocks of zeros the code of zero: theirs stands for -1, zero only while absmax is exactly 0."""
+    num_full = codes.numel() // blocksize
+    codes[: num_full * blocksize].view(num_full, blocksize)[absmax[:num_full] == 0] = zero
+    if num_full < absmax.numel() and absmax[num_full] == 0:
+        codes[num_full * blocksize :] = zero
 
 
 def _check_finite(absmax: Tensor, flat: Tensor, blocksize: int, where: str) -> None:

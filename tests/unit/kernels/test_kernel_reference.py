@@ -14,7 +14,9 @@ from graft.quant.formats import ABSMAX_FORMAT, FORMATS
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("size", [1, 2, 7, 8, 33])
 def test_bits_are_packed_highest_first(bits: int, size: int) -> None:
-    codes = torch.randint(0, 2**bits, (size,), generator=torch.Generator().manual_seed(size), dtype=torch.uint8)
+    codes = torch.randint(
+        0, 2**bits, (size,), generator=torch.Generator().manual_seed(size), dtype=torch.uint8
+    )
     text = "".join(f"{code:0{bits}b}" for code in codes.tolist())
     text += "0" * (-len(text) % 8)
     expected = [int(text[start : start + 8], 2) for start in range(0, len(text), 8)]
@@ -31,7 +33,12 @@ def test_nearest_codes_equal_a_search(quant_type: str) -> None:
     edges = torch.arange(-4096, 4097) / 4096
     near = torch.cat([bounds, edges])
     values = torch.cat(
-        [near, near.nextafter(torch.tensor(2.0)), near.nextafter(torch.tensor(-2.0)), torch.linspace(-1, 1, 300_001)]
+        [
+            near,
+            near.nextafter(torch.tensor(2.0)),
+            near.nextafter(torch.tensor(-2.0)),
+            torch.linspace(-1, 1, 300_001),
+        ]
     ).clamp(-1, 1)
     expected = order[torch.bucketize(values, bounds)].to(torch.uint8)
     assert torch.equal(rounding.nearest_codes(values, codebook), expected)
@@ -41,7 +48,9 @@ def test_nearest_codes_of_a_crowded_codebook() -> None:
     """Entries closer than a cell cannot use the table of cells; the search takes over."""
     codebook = torch.cat([torch.linspace(-1e-4, 1e-4, 14), torch.tensor([-1.0, 1.0])])
     values = torch.linspace(-2e-4, 2e-4, 4001)
-    distance = (values[:, None] - codebook[rounding.nearest_codes(values, codebook).long()][:, None]).abs().amin(1)
+    distance = (
+        (values[:, None] - codebook[rounding.nearest_codes(values, codebook).long()][:, None]).abs().amin(1)
+    )
     least = (values[:, None] - codebook).abs().amin(1)
     assert bool((distance <= least + 1e-10).all())
 

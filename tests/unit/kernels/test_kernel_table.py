@@ -37,7 +37,9 @@ def test_the_newest_backend_runs(table: OpTable) -> None:
 
 def test_a_missing_op_falls_back_and_says_so_once(table: OpTable) -> None:
     table.add_backend(Backend("fast"))
-    with pytest.warns(KernelFallbackWarning, match="pack_bits runs on the reference backend .fast: has no such op"):
+    with pytest.warns(
+        KernelFallbackWarning, match="pack_bits runs on the reference backend .fast: has no such"
+    ):
         table.select("pack_bits")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -71,15 +73,9 @@ def test_unknown_names_are_refused(table: OpTable) -> None:
         table.register("nothing", "reference", len)
     with pytest.raises(ConfigError, match="add_backend"):
         table.register("pack_bits", "nobody", len)
-    with pytest.raises(ConfigError, match="no backend runs"):
-        OpTable().choose("pack_bits") if "pack_bits" in OpTable().ops else _orphan().choose("pack_bits")
-
-
-def _orphan() -> OpTable:
-    table = OpTable()
-    fill(table)
     table.remove_backend("reference")
-    return table
+    with pytest.raises(ConfigError, match="no backend runs"):
+        table.choose("pack_bits")
 
 
 BYTES, BOOK = torch.zeros(32, dtype=torch.uint8), torch.linspace(-1, 1, 16)

@@ -15,7 +15,12 @@ from graft.quant.tensor import quantize
 
 @pytest.mark.parametrize(
     ("fields", "fix"),
-    [({"quant_type": "nf5"}, "nf4"), ({"blocksize": 48}, "64"), ({"blocksize": 16}, "32"), ({"blocksize": 8192}, "4096")],
+    [
+        ({"quant_type": "nf5"}, "nf4"),
+        ({"blocksize": 48}, "64"),
+        ({"blocksize": 16}, "32"),
+        ({"blocksize": 8192}, "4096"),
+    ],
 )
 def test_bad_values_are_refused(fields: dict, fix: str) -> None:
     with pytest.raises(ConfigError) as error:
@@ -25,7 +30,9 @@ def test_bad_values_are_refused(fields: dict, fix: str) -> None:
 
 
 def test_dict_round_trip() -> None:
-    config = QuantizationConfig(quant_type="fp4", double_quant=False, blocksize=128, skip_modules=("gate", "lm_head"))
+    config = QuantizationConfig(
+        quant_type="fp4", double_quant=False, blocksize=128, skip_modules=("gate", "lm_head")
+    )
     assert QuantizationConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ConfigError):
         QuantizationConfig.from_dict({"quant_tipe": "nf4"})
@@ -34,7 +41,9 @@ def test_dict_round_trip() -> None:
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (64, 64), (129, 257)])
-def test_predicted_bytes_are_the_stored_ones(quant_type: str, double_quant: bool, shape: tuple[int, ...]) -> None:
+def test_predicted_bytes_are_the_stored_ones(
+    quant_type: str, double_quant: bool, shape: tuple[int, ...]
+) -> None:
     config = QuantizationConfig(quant_type=quant_type, double_quant=double_quant)
     tensor = quantize(torch.randn(shape), config)
     assert config.num_bytes(tensor.num_elements) == tensor.nbytes
@@ -45,7 +54,9 @@ def test_published_bits_per_weight() -> None:
     """QLoRA sec. 3: 32/64 bits of scale a weight, 8/64 + 32/(64 * 256) with double quantization."""
     numel = 2**28
     assert QuantizationConfig(double_quant=False).bits_per_weight(numel) == 4 + 32 / 64
-    assert QuantizationConfig().bits_per_weight(numel) == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-6)
+    assert QuantizationConfig().bits_per_weight(numel) == pytest.approx(
+        4 + 8 / 64 + 32 / (64 * 256), abs=1e-6
+    )
 
 
 def test_settings_need_no_torch() -> None:

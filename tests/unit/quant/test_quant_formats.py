@@ -12,8 +12,9 @@ from graft.quant.formats import ABSMAX_FORMAT, FORMATS, format_of, normal_float
 
 # QLoRA, arXiv:2305.14314, appendix E.
 PUBLISHED_NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 
@@ -56,10 +57,14 @@ def test_dynamic_map_has_seven_decades() -> None:
     positive = [value for value in codebook if value > 0]
     assert (len(positive), len([value for value in codebook if value < 0])) == (128, 127)
     for decade in range(7):
-        inside = [value for value in positive if 10 ** (decade - 7) < value <= 10 ** (decade - 6) and value < 1]
+        inside = [
+            value for value in positive if 10 ** (decade - 7) < value <= 10 ** (decade - 6) and value < 1
+        ]
         assert len(inside) == 2**decade
         steps = torch.tensor(inside).diff()
-        torch.testing.assert_close(steps, torch.full_like(steps, 0.9 * 10 ** (decade - 6) / 2**decade), rtol=1e-3, atol=0)
+        torch.testing.assert_close(
+            steps, torch.full_like(steps, 0.9 * 10 ** (decade - 6) / 2**decade), rtol=1e-3, atol=0
+        )
 
 
 def test_unknown_format() -> None:
