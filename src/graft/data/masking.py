@@ -26,7 +26,7 @@ from graft.data.templates import ChatTemplate, Rendered
 from graft.data.tokens import TextEncoder, private_character
 from graft.errors import DataError
 
-__all__ = ["IGNORED", "Encoder", "Rejected", "Sample", "encode"]
+__all__ = ["IGNORED", "Encoder", "Rejected", "Sample", "encode", "prompt_ids"]
 
 LossOn = Literal["auto", "completion", "all"]
 _BATCH = 512
@@ -231,6 +231,15 @@ def encode(
     encoder = tokenizer if isinstance(tokenizer, Encoder) else Encoder(tokenizer, loss_on=loss_on)
     found = next(encoder.encode([example], max_length, on_overlong))
     return found if isinstance(found, Rejected) else found[0]
+
+
+def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message], tools: list[Any] | None = None) -> list[int]:
+    """The ids to generate from; see `Encoder.prompt`, which is the quicker way to several of them.
+
+    Raises:
+        DataError: The tokenizer is not a fast one, or its chat template is missing or refuses the messages.
+    """
+    return (tokenizer if isinstance(tokenizer, Encoder) else Encoder(tokenizer)).prompt(prompt, tools)
 
 
 def _check(example: Example) -> Rejected | None:
