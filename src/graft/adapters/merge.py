@@ -235,7 +235,7 @@ def _folded(job: _Job, live: BaseModel, into: str) -> tuple[BaseModel, bool]:
 
 
 def probe_logits(model: Any) -> Tensor:
-    """Logits (rows, tokens, vocabulary), fp32, over probe tokens that depend on the vocabulary's size only."""
+    """Logits (rows, tokens, vocabulary), fp32, over probe tokens that depend on the vocabulary alone."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, PROBE_SHAPE, generator=generator)
     with torch.inference_mode():
@@ -253,7 +253,8 @@ def _advice(chosen: str, gaps: dict[str, float], effect: float) -> list[str]:
     other = "dense" if chosen == "dequantized" else "dequantized"
     told = (
         f"trained on a quantized base: logits move by {gaps[chosen]:.3g} when folded into the {chosen} "
-        f"weights, {gaps[other]:.3g} when folded into the {other} ones; the adapter itself moves them by {effect:.3g}"
+        f"weights, {gaps[other]:.3g} when folded into the {other} ones; "
+        f"the adapter itself moves them by {effect:.3g}"
     )
     if chosen == "dense" and gaps["dense"] > effect:
         told += ". The move exceeds the adapter's effect: evaluate the merged model, or use from_quantized"

@@ -109,7 +109,8 @@ class Selector:
     def __init__(self, setting: str | Iterable[str], where: str) -> None:
         self._pattern = Pattern(setting, where) if isinstance(setting, str) and setting else None
         self._names = set() if isinstance(setting, str) else set(setting)
-        self._unused = {setting} if isinstance(setting, str) and setting else set(self._names)
+        names = [setting] if isinstance(setting, str) and setting else setting
+        self._unused = dict.fromkeys(names)
 
     def selects(self, path: str) -> bool:
         """Whether the path is selected."""
@@ -119,7 +120,8 @@ class Selector:
             self._unused.clear()
             return True
         found = [ending for ending in suffixes(path) if ending in self._names]
-        self._unused.difference_update(found)
+        for ending in found:
+            self._unused.pop(ending, None)
         return bool(found)
 
     def selects_inside(self, path: str) -> bool:
@@ -129,8 +131,8 @@ class Selector:
 
     @property
     def unused(self) -> list[str]:
-        """The names, or the expression, that selected nothing so far."""
-        return sorted(self._unused)
+        """The names, or the expression, that selected nothing so far, in their order."""
+        return list(self._unused)
 
 
 def _shown(source: str) -> str:

@@ -125,9 +125,11 @@ def _by_name(
         return found
     selector = Selector(setting, "adapter.target_modules")
     found = {path: base for path, base in layers.items() if selector.selects(path)}
-    if selector.unused and (strict or not found):
-        _refuse_containers(model, selector.unused)
-        _refuse(model, layers, "target_modules", selector.unused)
+    unused = selector.unused
+    if unused and (strict or not found):
+        if not isinstance(setting, str):
+            _refuse_containers(model, unused)
+        _refuse(model, layers, "target_modules", unused)
     return found
 
 
@@ -169,11 +171,13 @@ def select_saved(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Modul
     Raises:
         TargetError: A name fits no module with parameters, or a module whose weight is quantized.
     """
+    if not names:
+        return {}
     selector = Selector(names, "adapter.modules_to_save")
     found: dict[str, nn.Module] = {}
     candidates: set[str] = set()
     for path, module in _modules(model, ""):
-        if next(module.parameters(), None) is None:
+        if next(module.parameters(), None) is None and not _holds_quantized(module):
             continue
         candidates.add(path.rpartition(".")[2])
         if path and selector.selects(path) and not any(path.startswith(f"{outer}.") for outer in found):
@@ -185,15 +189,18 @@ def select_saved(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Modul
             where="adapter.modules_to_save",
             fix=_did_you_mean(name, candidates - {""}),
         )
-    for path in found:
-        inside = (base for inner, base in base_layers(model).items() if f"{inner}.".startswith(f"{path}."))
-        if any(base.quantized for base in inside):
+    for path, module in found.items():
+        if _holds_quantized(module):
             raise TargetError(
                 f"{path} is quantized and cannot be trained in full",
                 where="adapter.modules_to_save",
                 fix="keep it dense with quantization.skip_modules, or make it a target",
             )
     return found
+
+
+def _holds_quantized(module: nn.Module) -> bool:
+    return any(base.quantized for _, base in _walk(module, ""))
 
 
 def _modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:

@@ -1,0 +1,74 @@
+"""Every adapter method through the contract; a new method is one more line here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from graft.adapters.base import METHODS, check_adapter_method
+from graft.adapters.lora import LoraConfig, LoraMethod
+from graft.adapters.lora_layer import LoraLinear
+
+CASES: dict[str, tuple[str, Any]] = {
+    "lora": ("lora", LoraConfig()),
+    "lora-gaussian-rs": ("lora", LoraConfig(rank=3, alpha=5, init="gaussian", use_rslora=True, dropout=0.3)),
+    "lora-rank-above-width": ("lora", LoraConfig(rank=40)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_method_keeps_the_contract(case: str) -> None:
+    name, config = CASES[case]
+    check_adapter_method(METHODS[name], config)
+
+
+def test_every_method_is_tried() -> None:
+    assert {name for name, _ in CASES.values()} == set(METHODS)
+
+
+class _Broken(LoraMethod):
+    """LoRA with one promise broken."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def build_layer(self, base: Any, config: Any, generator: Any) -> Any:
+        if self.how == "global generator" and generator is not None:
+            generator = torch.Generator().manual_seed(torch.initial_seed() + int(torch.randint(0, 99, ())))
+        layer = super().build_layer(base, config, generator)
+        if self.how == "half":
+            layer.half()
+        if self.how == "start" and isinstance(layer, LoraLinear):
+            torch.nn.init.ones_(layer.lora_B)
+        if self.how == "frozen":
+            layer.requires_grad_(False)
+        if self.how == "merge":
+            merged = layer.merged_weight
+            layer.merged_weight = lambda base, weight: merged(base, weight) * 1.01
+        if self.how == "writes into the weight":
+            merged = layer.merged_weight
+            layer.merged_weight = lambda base, weight: weight.copy_(merged(base, weight))
+        return layer
+
+    def tensor_shapes(self, base: Any, config: Any) -> Any:
+        shapes = super().tensor_shapes(base, config)
+        return dict(list(shapes.items())[:1]) if self.how == "shapes" else shapes
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("global generator", "generator alone"),
+        ("half", "float32"),
+        ("start", "at the start"),
+        ("frozen", "no gradient|does not require grad"),
+        ("merge", "merged and live"),
+        ("writes into the weight", "changed the weight"),
+        ("shapes", "tensor_shapes"),
+    ],
+)
+def test_the_check_finds_what_is_broken(how: str, told: str) -> None:
+    with pytest.raises((AssertionError, RuntimeError), match=told):
+        check_adapter_method(_Broken(how))

@@ -1,0 +1,186 @@
+"""A merged directory gives the logits of the live model it replaces."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import graft.models.load as models
+from graft.adapters.attach import adapter_tensors, adapters_of, attach
+from graft.adapters.fold import merge_into
+from graft.adapters.lora import LoraConfig
+from graft.adapters.merge import merge
+from graft.adapters.peft_format import load_adapter, save_adapter
+from graft.errors import AdapterError, FingerprintError, StorageError
+from graft.quant.config import QuantizationConfig
+
+IDS = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(5))
+
+EMBEDDING = {"gpt2": "wte", "gpt_neox": "embed_in"}
+NORM = {"gpt2": "ln_f", "gpt_neox": "final_layer_norm"}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def trained(directory: Path, out: Path, config: LoraConfig, scale: float = 0.05, **load: Any) -> torch.Tensor:
+    """Save an adapter that is not zero; return the logits of the live model."""
+    base = models.load(directory, **load)
+    attach(base.model, config)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for tensor in adapter_tensors(base.model).values():
+            tensor.add_(scale * torch.randn(tensor.shape, generator=generator))
+    save_adapter(base.model, out, facts={"run": "test"})
+    return logits(base.model)
+
+
+CONFIGS: dict[str, Callable[[str], LoraConfig]] = {
+    "all-linear": lambda family: LoraConfig(rank=4, alpha=6, use_rslora=True),
+    "embedding": lambda family: LoraConfig(rank=3, target_modules=(EMBEDDING.get(family, "embed_tokens"),)),
+    "head": lambda family: LoraConfig(rank=3, target_modules=("lm_head",)),
+    "saved": lambda family: LoraConfig(
+        rank=2, modules_to_save=(EMBEDDING.get(family, "embed_tokens"), NORM.get(family, "norm"))
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_merged_directory_equals_the_live_model_in_transformers(
+    tiny_dir: Callable[..., Path], tiny_family: str, case: str, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    directory = tiny_dir(tiny_family)
+    live = trained(directory, tmp_path / "a", CONFIGS[case](tiny_family))
+    report = merge(tmp_path / "a", tmp_path / "m")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    assert merged.dtype == torch.float32
+    torch.testing.assert_close(logits(merged), live, atol=1e-5, rtol=1e-5)
+    assert report.logit_gap < 1e-5 * max(1, float(live.abs().max()))
+    assert report.adapter_effect > 1e-2
+    assert report.folded_into == "dense"
+    tied = models.load(directory).model.config.tie_word_embeddings
+    assert report.untied == (tied and case != "all-linear")
+    assert merged.config.tie_word_embeddings == (tied and not report.untied)
+    assert report.fingerprint == models.load(tmp_path / "m").fingerprint
+
+
+def test_untied_halves_stay_what_they_were(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
+    directory = tiny_dir("qwen2")
+    trained(directory, tmp_path / "a", LoraConfig(target_modules=("embed_tokens",)))
+    merge(tmp_path / "a", tmp_path / "m")
+    before, after = models.load(directory).model, models.load(tmp_path / "m").model
+    assert torch.equal(after.lm_head.weight, before.lm_head.weight)
+    assert not torch.equal(after.model.embed_tokens.weight, before.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("from_quantized", [False, True])
+def test_both_ways_of_merging_a_qlora_adapter_are_measured(
+    tiny_dir: Callable[..., Path], family: str, from_quantized: bool, tmp_path: Path
+) -> None:
+    quantization = QuantizationConfig(quant_type="nf4", double_quant=True)
+    live = trained(tiny_dir(family), tmp_path / "a", LoraConfig(rank=4), quantization=quantization)
+    report = merge(tmp_path / "a", tmp_path / "m", from_quantized=from_quantized)
+    assert report.gap_dense is not None
+    assert report.gap_dequantized is not None
+    assert report.gap_dequantized < 1e-4 < report.gap_dense
+    merged = logits(models.load(tmp_path / "m").model)
+    close = float((merged - live).abs().max()) < 1e-4
+    assert close == from_quantized
+    assert report.logit_gap == (report.gap_dequantized if from_quantized else report.gap_dense)
+    assert any("quantized" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
+def test_dtype_of_the_written_weights(
+    tiny_dir: Callable[..., Path], dtype: str | None, tmp_path: Path
+) -> None:
+    from safetensors import safe_open
+
+    trained(tiny_dir("llama"), tmp_path / "a", LoraConfig(rank=4))
+    report = merge(tmp_path / "a", tmp_path / "m", dtype=dtype)
+    with safe_open(tmp_path / "m" / "model.safetensors", "pt") as file:
+        written = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118 - not a dict
+    assert written == {getattr(torch, dtype or "float32")}
+    assert report.dtype == (dtype or "float32")
+
+
+def test_weights_are_summed_in_fp32_and_rounded_once(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
+    base = models.load(tiny_dir("llama"), dtype="bfloat16")
+    attach(base.model, LoraConfig(rank=4, alpha=16, target_modules=("q_proj",)))
+    layer = base.model.model.layers[0].self_attn.q_proj
+    torch.nn.init.normal_(layer.adapters["default"].lora_B, std=0.01)
+    update = 4.0 * (layer.adapters["default"].lora_B @ layer.adapters["default"].lora_A)
+    expected = (layer.weight.float() + update).bfloat16()
+    merge_into(base.model)
+    assert torch.equal(base.model.model.layers[0].self_attn.q_proj.weight, expected)
+    assert adapters_of(base.model) == {}
+
+
+def test_second_merge_of_the_same_adapter_is_refused(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
+    directory = tiny_dir("llama")
+    trained(directory, tmp_path / "a", LoraConfig(rank=4))
+    merge(tmp_path / "a", tmp_path / "m")
+    for force in (False, True):
+        with pytest.raises(AdapterError, match="already folded"):
+            merge(tmp_path / "a", tmp_path / "m2", base=tmp_path / "m", force_base=force)
+    assert not (tmp_path / "m2").exists()
+
+
+def test_merging_another_adapter_keeps_the_lineage(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
+    trained(tiny_dir("llama"), tmp_path / "a", LoraConfig(rank=4))
+    merge(tmp_path / "a", tmp_path / "m")
+    trained(tmp_path / "m", tmp_path / "b", LoraConfig(rank=2))
+    merge(tmp_path / "b", tmp_path / "m2")
+    names = [item["tensors"] for item in json.loads((tmp_path / "m2" / "graft.json").read_text())["adapters"]]
+    digests = [json.loads((tmp_path / x / "graft.json").read_text())["tensors"] for x in ("a", "b")]
+    assert names == digests
+    with pytest.raises(AdapterError, match="already folded"):
+        merge(tmp_path / "a", tmp_path / "m3", base=tmp_path / "m2", force_base=True)
+
+
+def test_another_base_is_refused_unless_forced(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
+    trained(tiny_dir("llama"), tmp_path / "a", LoraConfig(rank=4))
+    other = tiny_dir("llama", rms_norm_eps=1e-5)
+    shaken = models.load(other)
+    with torch.no_grad():
+        shaken.model.lm_head.weight.add_(0.1)
+    from graft.models.save import save_model
+
+    save_model(shaken.model, shaken.tokenizer, tmp_path / "other")
+    with pytest.raises(FingerprintError, match="--force-base"):
+        merge(tmp_path / "a", tmp_path / "m", base=tmp_path / "other")
+    report = merge(tmp_path / "a", tmp_path / "m", base=tmp_path / "other", force_base=True)
+    assert report.forced_base
+    assert json.loads((tmp_path / "m" / "graft.json").read_text())["merge"]["forced_base"] is True
+
+
+def test_refusals(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
+    trained(tiny_dir("llama"), tmp_path / "a", LoraConfig(rank=4))
+    with pytest.raises(AdapterError, match="from_quantized cannot act"):
+        merge(tmp_path / "a", tmp_path / "m", from_quantized=True)
+    with pytest.raises(AdapterError, match="not a dtype"):
+        merge(tmp_path / "a", tmp_path / "m", dtype="int8")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(StorageError, match="already exists"):
+        merge(tmp_path / "a", tmp_path / "there")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": None})
+    )
+    with pytest.raises(AdapterError, match="which base"):
+        merge(tmp_path / "a", tmp_path / "m")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "there"]
+    base = models.load(tiny_dir("llama"), quantization="nf4")
+    load_adapter(base.model, tmp_path / "a")
+    with pytest.raises(AdapterError, match="is quantized"):
+        merge_into(base.model)
