@@ -110,9 +110,9 @@ def test_a_catastrophic_expression_ends_in_bounded_time(llama: Any) -> None:
         list(first_match((r"((.|..)+)+\d\d=3",), "model.layers.0.self_attn.q_proj" * 2))
 
 
-def test_a_million_names_are_matched_in_one_pass(llama: Any) -> None:
-    names = (*(f"name_{number}" for number in range(1_000_000)), "q_proj")
-    with pytest.raises(TargetError, match="999995 more") as caught:
+def test_very_many_names_are_matched_in_one_pass(llama: Any) -> None:
+    names = (*(f"name_{number}" for number in range(100_000)), "q_proj")
+    with pytest.raises(TargetError, match="99995 more") as caught:
         select_targets(llama, Selection(names))
     assert len(str(caught.value)) < 2000
     assert len(select_targets(llama, Selection(names), strict=False)) == 2
