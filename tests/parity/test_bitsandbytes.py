@@ -129,6 +129,18 @@ def test_blocksizes(blocksize: int, quant_type: str) -> None:
     assert_decoded(found.dequantize(), functional.dequantize_4bit(codes, state))
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_short_and_full_blocks_scale_differently(quant_type: str) -> None:
+    """Values on the bounds, where a product with 1/absmax and a quotient by absmax fall on other sides."""
+    config = QuantizationConfig(quant_type=quant_type, double_quant=False)
+    entries = torch.tensor(sorted(FORMATS[quant_type].codebook))
+    bounds = (entries[:-1] + entries[1:]) / 2
+    for absmax in normal(200).abs().tolist():
+        row = torch.cat([bounds, torch.ones(1)]) * absmax
+        values = torch.cat([row.repeat(4), row])  # a full block, then a short one
+        assert_same(quantize(values, config).codes, expected_4bit(values, config)[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(48, 128), (7, 64), (256, 320)])
 def test_matrices(shape: tuple[int, int], dtype: torch.dtype) -> None:

@@ -202,18 +202,17 @@ class _QuantizedProduct(torch.autograd.Function):
         weight = layer.quantized_weight
         ctx.layer, ctx.x_dtype = layer, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        with torch.autocast(x.device.type, enabled=False):
-            y: Tensor = kernels.call(
-                "quantized_linear",
-                x.to(compute_dtype),
-                weight.codes,
-                weight.scales(),
-                format_of(layer.config.quant_type).table(x.device),
-                None if bias is None else bias.to(compute_dtype),
-                bits=layer.config.bits,
-                blocksize=layer.config.blocksize,
-                out_features=layer.out_features,
-            )
+        y: Tensor = kernels.call(
+            "quantized_linear",
+            x.to(compute_dtype),
+            weight.codes,
+            weight.scales(),
+            format_of(layer.config.quant_type).table(x.device),
+            None if bias is None else bias.to(compute_dtype),
+            bits=layer.config.bits,
+            blocksize=layer.config.blocksize,
+            out_features=layer.out_features,
+        )
         return y
 
     @staticmethod
@@ -223,6 +222,7 @@ class _QuantizedProduct(torch.autograd.Function):
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             weight = layer.quantized_weight
+            # A backward inside autocast computes as the forward did.
             with torch.autocast(grad.device.type, enabled=False):
                 grad_x = kernels.call(
                     "quantized_linear_backward",

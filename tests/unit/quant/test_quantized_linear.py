@@ -139,6 +139,16 @@ def test_autocast_is_that_of_a_dense_linear(input_dtype: torch.dtype) -> None:
     assert torch.equal(x.grad, other.grad)
 
 
+def test_backward_inside_autocast_computes_as_forward_did() -> None:
+    module = layer()
+    x, other = (randn(3, 40, seed=2).requires_grad_() for _ in range(2))
+    y = module(x).square().sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y.backward()
+    module(other).square().sum().backward()
+    assert torch.equal(x.grad, other.grad)
+
+
 def test_activation_checkpointing() -> None:
     module = layer()
     x, other = (randn(3, 40, seed=2).requires_grad_() for _ in range(2))
