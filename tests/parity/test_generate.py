@@ -16,7 +16,7 @@ from graft.adapters.lora import LoraConfig
 from graft.evaluate.generate import GenerationConfig, compare_generations, complete, generate, stream
 from graft.models.load import load
 
-NEW = 24
+NEW = 16
 LENGTHS = (3, 19, 11, 1, 7)
 
 
@@ -44,7 +44,10 @@ def test_greedy_is_transformers_greedy_in_every_family(tiny: tuple[Any, Any]) ->
     model, tokenizer = tiny
     prompts = _prompts(model.config.vocab_size)
     expected = [_theirs(model, prompt) for prompt in prompts]
-    assert [list(done.token_ids) for done in complete(model, tokenizer, prompts, GenerationConfig(max_new_tokens=NEW))] == expected
+    assert [
+        list(done.token_ids)
+        for done in complete(model, tokenizer, prompts, GenerationConfig(max_new_tokens=NEW))
+    ] == expected
 
 
 def test_any_end_token_of_the_generation_config_ends_a_text(tiny: tuple[Any, Any]) -> None:
@@ -56,8 +59,8 @@ def test_any_end_token_of_the_generation_config_ends_a_text(tiny: tuple[Any, Any
     expected = [_theirs(model, prompt) for prompt in prompts]
     found = complete(model, tokenizer, prompts, GenerationConfig(max_new_tokens=NEW))
     assert [list(done.token_ids) for done in found] == expected
-    assert {done.finish for done in found} >= {"eos"}
-    assert all((done.finish == "eos") == (len(done.token_ids) < NEW) for done in found if len(done.token_ids) != NEW)
+    assert found[0].finish == "eos"
+    assert all(done.finish == "eos" for done in found if len(done.token_ids) < NEW)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
@@ -78,7 +81,12 @@ def stories(shared: Path) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)
 
 
-STORY_PROMPTS = ["Once upon a time", "Tom", "The little girl was sad because her cat had run", "One day, a big dog"]
+STORY_PROMPTS = [
+    "Once upon a time",
+    "Tom",
+    "The little girl was sad because her cat had run",
+    "One day, a big dog",
+]
 
 
 def test_a_real_model_writes_the_same_story(stories: tuple[Any, Any]) -> None:
@@ -101,10 +109,11 @@ def test_a_stream_gives_the_same_text_in_pieces(stories: tuple[Any, Any]) -> Non
     assert "".join(pieces) == generate(model, tokenizer, STORY_PROMPTS[:1], config)[0]
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "phi3"])
 def test_an_adapted_model_is_its_own_transformers_greedy_and_the_base_comes_back(
-    tiny_dir: Callable[..., Path], tiny_family: str
+    tiny_dir: Callable[..., Path], family: str
 ) -> None:
-    base = load(tiny_dir(tiny_family))
+    base = load(tiny_dir(family))
     prompts = _prompts(base.model.config.vocab_size)
     config = GenerationConfig(max_new_tokens=NEW)
     before = generate(base.model, base.tokenizer, prompts, config)
@@ -123,7 +132,9 @@ def test_an_adapted_model_is_its_own_transformers_greedy_and_the_base_comes_back
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "int8"])
-def test_a_quantized_model_is_its_own_transformers_greedy(tiny_dir: Callable[..., Path], quant_type: str) -> None:
+def test_a_quantized_model_is_its_own_transformers_greedy(
+    tiny_dir: Callable[..., Path], quant_type: str
+) -> None:
     base = load(tiny_dir("llama"), quantization=quant_type)
     prompts = _prompts(base.model.config.vocab_size)
     expected = [_theirs(base.model, prompt) for prompt in prompts]

@@ -77,8 +77,9 @@ def labelled_losses(
 def head_losses(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each target given the hidden state that predicts it.
 
-    The logits are made in chunks of at most `CHUNK_LOGITS` and made again in the backward pass, so memory
-    does not grow with tokens times vocabulary. What fits in one chunk is kept.
+    The logits are made in chunks of at most `CHUNK_LOGITS`, so memory does not grow with tokens times
+    vocabulary. Under a frozen head the gradient is taken while a chunk is there; under a head that trains,
+    chunks are made again in the backward pass, unless there is only one.
 
     Args:
         model: A causal language model of transformers.
@@ -90,16 +91,50 @@ def head_losses(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """
     config: Any = model.config
     size = max(1, CHUNK_LOGITS // config.get_text_config().vocab_size)
+    learning = torch.is_grad_enabled()
+    if learning and hidden.requires_grad and _is_frozen(model):
+        losses: Tensor = _FrozenHeadLosses.apply(hidden, model, targets, size)
+        return losses
     if len(targets) <= size:
         return _chunk_losses(model, hidden, targets)
-    recompute = torch.is_grad_enabled()
     parts = [
         checkpoint(_chunk_losses, model, part, goal, use_reentrant=False)
-        if recompute
+        if learning
         else _chunk_losses(model, part, goal)
         for part, goal in zip(hidden.split(size), targets.split(size), strict=True)
     ]
     return torch.cat(parts)
+
+
+class _FrozenHeadLosses(torch.autograd.Function):
+    """Losses whose gradient to the hidden states is ready before the backward pass begins.
+
+    Each loss depends on its own hidden state only, so the backward pass just weighs the rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, model: nn.Module, targets: Tensor, size: int) -> Tensor:
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden)
+        for start in range(0, len(targets), size):
+            chunk = slice(start, start + size)
+            with torch.enable_grad():
+                leaf = hidden[chunk].detach().requires_grad_()
+                found = _chunk_losses(model, leaf, targets[chunk])
+                (gradient[chunk],) = torch.autograd.grad(found.sum(), leaf)
+            losses[chunk] = found.detach()
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * weights[0][:, None]).to(gradient.dtype), None, None, None
+
+
+def _is_frozen(model: nn.Module) -> bool:
+    head_module: Any = model
+    return not any(p.requires_grad for p in head_module.get_output_embeddings().parameters())
 
 
 def _chunk_losses(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

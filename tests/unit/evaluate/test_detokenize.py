@@ -25,7 +25,7 @@ def _gpt2(shared: Path) -> Any:
 
 @pytest.fixture(scope="module", params=["gpt2", "stories260k-hf", "tinystories-656k"])
 def tokenizer(request: pytest.FixtureRequest, shared: Path) -> Any:
-    """Byte-level BPE, sentence pieces with byte fallback, and sentence pieces that lose what they do not know."""
+    """Byte-level BPE, pieces with byte fallback, and pieces that lose what they do not know."""
     if request.param == "gpt2":
         return _gpt2(shared)
     return AutoTokenizer.from_pretrained(shared / "models" / request.param)

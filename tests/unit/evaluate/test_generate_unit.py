@@ -51,7 +51,9 @@ def test_the_seed_and_the_place_decide_the_draws(tiny: tuple[Any, Any]) -> None:
     first = generate(*tiny, ["same", "same"], config)
     assert first == generate(*tiny, ["same", "same"], config)
     assert first[0] != first[1]
-    assert first != generate(*tiny, ["same", "same"], GenerationConfig(max_new_tokens=20, temperature=1.0, seed=2))
+    assert first != generate(
+        *tiny, ["same", "same"], GenerationConfig(max_new_tokens=20, temperature=1.0, seed=2)
+    )
 
 
 def test_stop_strings_end_the_text_and_are_left_out(tiny: tuple[Any, Any]) -> None:
@@ -67,7 +69,10 @@ def test_stop_strings_end_the_text_and_are_left_out(tiny: tuple[Any, Any]) -> No
 
 def test_a_stop_string_that_is_a_control_token_ends_the_text(tiny: tuple[Any, Any]) -> None:
     model, tokenizer = tiny
-    assert end_tokens(model, tokenizer, ("<pad>", "abc")) == {0, tokenizer.eos_token_id}
+    model.generation_config.eos_token_id = [7, 9]
+    assert end_tokens(model, tokenizer, ("<pad>", "abc")) == {0, 7, 9, tokenizer.eos_token_id}
+    model.generation_config.eos_token_id = None
+    assert end_tokens(model, tokenizer) == {tokenizer.eos_token_id}
 
 
 def test_further_end_tokens_can_be_given(tiny: tuple[Any, Any]) -> None:
@@ -76,10 +81,15 @@ def test_further_end_tokens_can_be_given(tiny: tuple[Any, Any]) -> None:
     first = whole.token_ids.index(end)
     found = complete(*tiny, ["abc"], GenerationConfig(max_new_tokens=10), end_ids=[end])[0]
     assert (found.token_ids, found.finish) == (whole.token_ids[: first + 1], "eos")
-    assert found.text == complete(*tiny, ["abc"], GenerationConfig(max_new_tokens=max(first, 1)))[0].text or first == 0
+    assert (
+        found.text == complete(*tiny, ["abc"], GenerationConfig(max_new_tokens=max(first, 1)))[0].text
+        or first == 0
+    )
 
 
-def test_the_tokenizer_begins_a_prompt_once_and_does_not_end_it(tiny: tuple[Any, Any], tinystories: Path) -> None:
+def test_the_tokenizer_begins_a_prompt_once_and_does_not_end_it(
+    tiny: tuple[Any, Any], tinystories: Path
+) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tinystories)

@@ -61,7 +61,9 @@ def test_bleu_is_sacrebleu() -> None:
     rows = _rows(
         ("the cat sat on a mat today", "the cat sat on the mat today"), ("a dog ran home", "the dog ran home")
     )
-    expected = sacrebleu.corpus_bleu([row.prediction for row in rows], [[row.reference for row in rows]]).score
+    expected = sacrebleu.corpus_bleu(
+        [row.prediction for row in rows], [[row.reference for row in rows]]
+    ).score
     assert METRICS["bleu"].compute(rows) == expected
 
 

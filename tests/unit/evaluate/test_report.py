@@ -37,7 +37,13 @@ def _sections(text: str = "plain") -> list[Section]:
     ]
     return [
         Facts(title=text, facts={text: text, "rank": 16}, note=text),
-        Table(title=text, columns=(text, "loss"), rows=[(text, 1.5), ("b", 1.25)], best={"loss": "min"}, note=text),
+        Table(
+            title=text,
+            columns=(text, "loss"),
+            rows=[(text, 1.5), ("b", 1.25)],
+            best={"loss": "min"},
+            note=text,
+        ),
         Curves(title=text, series=series, x_label=text, note=text),
         Samples(
             title=text,
@@ -76,7 +82,9 @@ def test_nothing_is_fetched() -> None:
     assert not [attrs for _, attrs in found.tags if attrs.keys() & {"src", "href"}]
     assert "@import" not in page
     assert "url(" not in page
-    assert [attrs["content"] for tag, attrs in found.tags if tag == "meta" and "http-equiv" in attrs] == [POLICY]
+    assert [attrs["content"] for tag, attrs in found.tags if tag == "meta" and "http-equiv" in attrs] == [
+        POLICY
+    ]
     assert "default-src 'none'" in POLICY
 
 
@@ -117,7 +125,9 @@ def test_curves_without_values_say_so() -> None:
 
 def test_the_best_of_a_column_is_marked() -> None:
     rows = [("a", 1.5, None), ("b", 1.25, 7), ("c", math.nan, 9)]
-    table = Table(title="t", columns=("name", "loss", "score"), rows=rows, best={"loss": "min", "score": "max"})
+    table = Table(
+        title="t", columns=("name", "loss", "score"), rows=rows, best={"loss": "min", "score": "max"}
+    )
     cells = re.findall(r'<td class="number best"><span>(.*?)</span>', table.body())
     assert cells == ["1.250", "9"]
     assert '<td><span>a</span></td><td class="number">' in table.body()
@@ -157,7 +167,11 @@ def test_a_browser_draws_the_charts(tmp_path: Path) -> None:
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
     command = [browser, *flags, f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=1000"]
     page = subprocess.run(
-        [*command, (tmp_path / "report.html").as_uri()], capture_output=True, text=True, timeout=60, check=True
+        [*command, (tmp_path / "report.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     ).stdout
     found = _Page(page)
     assert [tag for tag, _ in found.tags].count("canvas") == 1

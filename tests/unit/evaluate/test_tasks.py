@@ -34,7 +34,9 @@ def tiny(tiny_dir: Callable[..., Path]) -> tuple[Any, Any]:
 
 def _pairs() -> list[Pair]:
     rows = [("Is it red?", " yes"), ("Is it a number?", " not so"), ("Is it?", " yes"), ("What?", " maybe")]
-    return [Pair(prompt, completion, f"rows.jsonl:{line}") for line, (prompt, completion) in enumerate(rows, 1)]
+    return [
+        Pair(prompt, completion, f"rows.jsonl:{line}") for line, (prompt, completion) in enumerate(rows, 1)
+    ]
 
 
 def _chat(*turns: str, where: str = "chat.jsonl:1") -> Conversation:
@@ -49,6 +51,10 @@ def _log_likelihood(model: Any, prompt: list[int], answer: list[int]) -> float:
     return sum(float(chances[len(prompt) - 1 + place, token]) for place, token in enumerate(answer))
 
 
+def _ended(tokenizer: Any, answer: str) -> list[int]:
+    return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
 def test_loss_is_the_loss_of_training(tiny: tuple[Any, Any]) -> None:
     model, tokenizer = tiny
     found = evaluate(model, tokenizer, _pairs(), ["loss", "perplexity"], batch_size=3)
@@ -56,7 +62,11 @@ def test_loss_is_the_loss_of_training(tiny: tuple[Any, Any]) -> None:
     expected = evaluate_loss(model, Loader(samples, 2, 200, packing=True).epoch(0))
     assert found.metrics["loss"] == pytest.approx(expected.loss, rel=1e-5)
     assert found.metrics["perplexity"] == pytest.approx(expected.perplexity, rel=1e-4)
-    assert [row.where for row in found.predictions] == [pair.where for pair in _pairs()]
+    for pair, row in zip(_pairs(), found.predictions, strict=True):
+        assert row.where == pair.where
+        prompt = Encoder(tokenizer).prompt(pair.prompt)
+        alone = -_log_likelihood(model, prompt, _ended(tokenizer, pair.completion))
+        assert row.loss == pytest.approx(alone, rel=1e-4)
     assert sum(row.num_labelled_tokens for row in found.predictions) == expected.num_tokens
 
 
@@ -83,7 +93,9 @@ def test_answers_are_compared_with_what_the_model_writes(tiny: tuple[Any, Any]) 
     config = GenerationConfig(max_new_tokens=12)
     encoder = Encoder(tokenizer)
     written = generate(model, tokenizer, [encoder.prompt(prompt) for prompt in prompts], config)
-    rows = [Pair(p, w if at != 1 else "wrong", "") for at, (p, w) in enumerate(zip(prompts, written, strict=True))]
+    rows = [
+        Pair(p, w if at != 1 else "wrong", "") for at, (p, w) in enumerate(zip(prompts, written, strict=True))
+    ]
     found = evaluate(model, tokenizer, rows, ["exact_match", "rouge_l"], generation=config, batch_size=2)
     assert found.metrics["exact_match"] == 3 / 4
     assert 0 <= found.metrics["rouge_l"] <= 1
@@ -103,7 +115,9 @@ def test_a_conversation_is_asked_up_to_its_last_answer(tiny: tuple[Any, Any], tm
     assert [row.reference for row in found.predictions] == ["Bye", "Two"]
     assert [row.prediction for row in found.predictions] == generate(model, tokenizer, asked, config)
     template = tmp_path / "other.jinja"
-    template.write_text(TEMPLATE.replace("<{{ m.role }}>", "[{{ m.role }}]").replace("<assistant>", "[assistant]"))
+    template.write_text(
+        TEMPLATE.replace("<{{ m.role }}>", "[{{ m.role }}]").replace("<assistant>", "[assistant]")
+    )
     other = evaluate(model, tokenizer, chats, ["exact_match"], data=DataConfig(chat_template=str(template)))
     assert other.predictions[0].prompt.endswith("[assistant]")
 
@@ -126,13 +140,10 @@ def test_accuracy_takes_the_likeliest_of_the_answers(tiny: tuple[Any, Any]) -> N
 
 def test_the_end_counts_where_one_choice_begins_another(tiny: tuple[Any, Any]) -> None:
     model, tokenizer = tiny
-    row = Pair("Is it?", " not", "rows.jsonl:1")
-    found = evaluate(model, tokenizer, [row], ["accuracy"], choices=(" not", " not so"))
-    prompt, end = Encoder(tokenizer).prompt(row.prompt), tokenizer.eos_token_id
-    expected = {
-        choice: _log_likelihood(model, prompt, [*tokenizer(choice, add_special_tokens=False)["input_ids"], end])
-        for choice in (" not", " not so")
-    }
+    row, choices = Pair("Is it?", " not", "rows.jsonl:1"), (" not", " not so")
+    found = evaluate(model, tokenizer, [row], ["accuracy"], choices=choices)
+    prompt = Encoder(tokenizer).prompt(row.prompt)
+    expected = {choice: _log_likelihood(model, prompt, _ended(tokenizer, choice)) for choice in choices}
     assert found.predictions[0].choice_scores == pytest.approx(expected, abs=2e-4)
 
 
@@ -199,7 +210,9 @@ def test_a_file_is_read_by_the_data_settings(tiny: tuple[Any, Any], tmp_path: Pa
     file.write_text("\n".join([*lines[:2], '{"question": 3', *lines[2:]]))
     with pytest.raises(DataError, match="not JSON"):
         evaluate_file(*tiny, file, ["loss"])
-    found = evaluate_file(*tiny, tmp_path, ["loss"], data=DataConfig(skip_invalid=True, limit=3), batch_size=2)
+    found = evaluate_file(
+        *tiny, tmp_path, ["loss"], data=DataConfig(skip_invalid=True, limit=3), batch_size=2
+    )
     assert found.metrics["loss"] == pytest.approx(evaluate(*tiny, _pairs()[:3], ["loss"]).metrics["loss"])
     assert found.num_rows == 3
     assert [where.rsplit(":", 2)[1] for where, _ in found.rejected] == ["3"]
