@@ -136,6 +136,7 @@ def test_we_load_peft(tiny_dir: Callable[..., Path], tiny_family: str, case: str
     expected, live, adapter = peft_to_ours(tiny_dir(tiny_family), tmp_path / "a", **settings)
     torch.testing.assert_close(live, expected, atol=TOLERANCE, rtol=TOLERANCE)
     assert any("graft.json" in note for note in adapter.notes)
+    assert not any("names the base" in note for note in adapter.notes)
 
 
 def test_peft_file_written_again_stays_the_same(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
@@ -196,6 +197,14 @@ def test_lora_over_nf4_adds_the_same_update_as_over_dense(
             )
     theirs = PeftModel.from_pretrained(dense, tmp_path / "a").eval()
     torch.testing.assert_close(logits(base.model), logits(theirs), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_another_name_of_the_base_is_noted(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
+    peft_to_ours(tiny_dir("llama"), tmp_path / "a", target_modules=["q_proj"])
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "org/other"}))
+    notes = load_adapter(models.load(tiny_dir("llama")).model, tmp_path / "a").notes
+    assert any("names the base 'org/other'" in note for note in notes)
 
 
 def test_settings_that_peft_reads(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:

@@ -150,6 +150,9 @@ def load_adapter(
     made.forced_base = forced or (side is not None and side.forced_base)
     made.facts = dict(side.facts) if side is not None else {}
     made.notes += [*notes, *settings.notes]
+    here = getattr(model, "graft_name", None)
+    if side is None and settings.base_name and here and here != settings.base_name:
+        made.notes.append(f"{CONFIG} names the base {settings.base_name!r}, this one is {here!r}")
     return made
 
 
