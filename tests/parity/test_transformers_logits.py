@@ -63,11 +63,15 @@ CASES: dict[str, tuple[str, dict]] = {name: (name, {}) for name in sorted(FAMILI
     "granite, scaled": ("granite", {"logits_scaling": 4.0, "embedding_multiplier": 2.0}),
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore:The `lr_scheduler_type`:DeprecationWarning")
-
 
 @pytest.fixture(params=sorted(CASES))
 def directory(request, tiny_dir):
+    family, overrides = CASES[request.param]
+    return tiny_dir(family, **overrides)
+
+
+@pytest.fixture(params=[*sorted(FAMILIES), "qwen2, sliding", "gpt2, untied"])
+def family_dir(request, tiny_dir):
     family, overrides = CASES[request.param]
     return tiny_dir(family, **overrides)
 
@@ -96,9 +100,9 @@ def test_logits_and_buffers_are_bit_equal(directory):
     assert not any(x.is_meta for x in [*ours.model.parameters(), *ours.model.buffers()])
 
 
-def test_tied_weights_are_one_tensor(directory):
+def test_tied_weights_are_one_tensor(family_dir):
     for quantization in (None, "nf4"):
-        base = load(directory, quantization=quantization)
+        base = load(family_dir, quantization=quantization)
         same = base.model.get_output_embeddings().weight is base.model.get_input_embeddings().weight
         assert same == base.model.config.tie_word_embeddings
 
@@ -119,8 +123,8 @@ def test_head_of_hidden_states_is_the_model(directory):
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
-def test_packed_documents_do_not_see_each_other(directory, quantization):
-    model = load(directory, quantization=quantization).model
+def test_packed_documents_do_not_see_each_other(family_dir, quantization):
+    model = load(family_dir, quantization=quantization).model
     lengths = [[7, 12, 5], [20, 1, 3]]
     rows = ids_of((2, 24))
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
@@ -136,8 +140,8 @@ def test_packed_documents_do_not_see_each_other(directory, quantization):
             start += length
 
 
-def test_saved_copy_is_the_model(directory, tmp_path):
-    base = load(directory)
+def test_saved_copy_is_the_model(family_dir, tmp_path):
+    base = load(family_dir)
     written = save_model(base.model, base.tokenizer, tmp_path / "copy", max_shard_bytes=40_000)
     ids = ids_of((2, 24))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "copy").eval()
@@ -150,8 +154,8 @@ def test_saved_copy_is_the_model(directory, tmp_path):
     assert len(list((tmp_path / "copy").glob("model-*.safetensors"))) > 1
 
 
-def test_quantized_model_is_saved_dense(directory, tmp_path):
-    base = load(directory, quantization="nf4")
+def test_quantized_model_is_saved_dense(family_dir, tmp_path):
+    base = load(family_dir, quantization="nf4")
     save_model(base.model, base.tokenizer, tmp_path / "dense")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
     assert not quantized_modules(theirs)
@@ -161,9 +165,9 @@ def test_quantized_model_is_saved_dense(directory, tmp_path):
     assert theirs.config.tie_word_embeddings == base.model.config.tie_word_embeddings
 
 
-def test_every_linear_but_the_head_is_quantized(directory):
-    dense = load(directory).model
-    model = load(directory, quantization="nf4").model
+def test_every_linear_but_the_head_is_quantized(family_dir):
+    dense = load(family_dir).model
+    model = load(family_dir, quantization="nf4").model
     linears = {
         name
         for name, module in dense.named_modules()
@@ -173,10 +177,10 @@ def test_every_linear_but_the_head_is_quantized(directory):
     assert linears
 
 
-def test_random_model_is_transformers_own_initialization(directory):
-    base = random_model(directory, 5)
+def test_random_model_is_transformers_own_initialization(family_dir):
+    base = random_model(family_dir, 5)
     torch.manual_seed(5)
     theirs = AutoModelForCausalLM.from_config(base.model.config, dtype=torch.float32).eval()
     ids = ids_of((1, 12))
     assert torch.equal(logits_of(base.model, ids), logits_of(theirs, ids))
-    assert base.fingerprint.weights != load(directory).fingerprint.weights
+    assert base.fingerprint.weights != load(family_dir).fingerprint.weights

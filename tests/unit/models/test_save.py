@@ -76,6 +76,11 @@ def test_tensors_of_any_dtype_and_layout_come_back(tiny_dir, tmp_path):
         with safe_open(file, framework="pt") as reader:
             assert reader.metadata() == {"format": "pt"}
         found |= load_file(file)
+        content = file.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        for name, entry in json.loads(content[8:start]).items():
+            if name != "__metadata__":  # a reader that maps the file wants whole items
+                assert (start + entry["data_offsets"][0]) % tensors[name].dtype.itemsize == 0
     assert set(found) == set(tensors)
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype
