@@ -129,6 +129,8 @@ def _fit(row: Row) -> Detected | None:
     if isinstance(row.value, str):
         return Detected("text", "a plain text file is one document")
     value = row.value
+    if "chosen" in value and "rejected" in value:
+        return None
     if _is_list(value.get("messages")):
         return Detected("messages", "the column 'messages' holds a list")
     turns = value.get("conversations", value.get("conversation"))

@@ -22,8 +22,9 @@ from graft.data.samples import (
     fit,
     split,
 )
-from graft.data.templates import ChatTemplate, Rendered
+from graft.data.templates import ChatTemplate
 from graft.data.tokens import TextEncoder, private_character
+from graft.data.turns import Rendered, find_turns, is_answer
 from graft.errors import DataError
 
 __all__ = ["IGNORED", "Encoder", "Rejected", "Sample", "encode", "prompt_ids"]
@@ -80,8 +81,8 @@ class Encoder:
             return [*self.text.bos_ids, *self.text.ids(prompt)]
         messages, tools = self.text.quote_controls([list(prompt), tools])
         text = self.template.render(messages, tools, ask=True)
-        answered = any(message["role"].startswith("assistant") for message in messages)
-        edges = self.template.find_turns(Conversation(messages, "", tools)).prompts if answered else []
+        history = Conversation(messages, "", tools)
+        edges = find_turns(self.template, history).prompts if any(map(is_answer, messages)) else []
         marked = self._marked(Rendered(text, [], edges))
         return self.text.encode_apart([(marked.text, marked.prompts)])[0].ids
 
@@ -150,7 +151,7 @@ class Encoder:
             messages, tools = self.text.quote_controls([conversation.messages, conversation.tools])
             conversation = Conversation(messages, where, tools, conversation.trained_from)
         try:
-            found = template.find_turns(conversation)
+            found = find_turns(template, conversation)
         except DataError as error:
             return Rejected(error.where or where, error.what, error.fix, invalid=True)
         if not found.turns:

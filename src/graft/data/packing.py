@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -26,28 +27,20 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     sizes = np.asarray(lengths, dtype=np.int64)
     assert sizes.size == 0 or (sizes.min() > 0 and sizes.max() <= max_length)
     order = np.argsort(-sizes, kind="stable")
+    distinct, counts = np.unique(sizes, return_counts=True)
     rows: list[list[int]] = []
     room = np.zeros(0, dtype=np.int64)
-    position = 0
-    while position < len(order):
-        size = int(sizes[order[position]])
-        group = order[
-            position : position + int(np.searchsorted(-sizes[order[position:]], -size, side="right"))
-        ]
-        position += len(group)
+    members = iter(order.tolist())
+    for size, count in zip(distinct[::-1].tolist(), counts[::-1].tolist(), strict=True):
         # First fit of equal sizes fills each row as far as it goes before the next.
-        takes = np.minimum(room // size, np.maximum(len(group) - _before(room // size), 0))
-        left = len(group) - int(takes.sum())
+        fits = room // size
+        takes = np.minimum(fits, np.maximum(count - (np.cumsum(fits) - fits), 0))
+        left = count - int(takes.sum())
         per_row = max_length // size
         fresh = [min(per_row, left - start) for start in range(0, left, per_row)]
         rows.extend([] for _ in fresh)
         takes = np.concatenate([takes, np.asarray(fresh, dtype=np.int64)])
         room = np.concatenate([room, np.full(len(fresh), max_length, dtype=np.int64)]) - takes * size
-        members = iter(group.tolist())
-        for row in np.flatnonzero(takes):
-            rows[row].extend(next(members) for _ in range(int(takes[row])))
+        for row in np.flatnonzero(takes).tolist():
+            rows[row].extend(islice(members, int(takes[row])))
     return rows
-
-
-def _before(counts: np.ndarray) -> np.ndarray:
-    return np.cumsum(counts) - counts

@@ -230,6 +230,10 @@ def _num_ends(sample: Sample, encoder: Encoder) -> int:
 def _note(report: Report, rows: Sequence[Row], detected: Detected, encoder: Encoder) -> None:
     if unused := detected.unused(rows[0]):
         report.notes.append(f"columns that are not used: {', '.join(unused)}")
+    if detected.format in ("alpaca", "sharegpt") and not encoder.has_template:
+        report.notes.append(
+            "rows are written as '### Instruction:' and '### Response:', there being no chat template"
+        )
     if report.num_duplicates:
         report.notes.append(f"{report.num_duplicates} samples are equal to an earlier one")
     if report.rejected:

@@ -1,4 +1,4 @@
-"""Chat templates: messages to text, and where in the text each answer stands.
+"""Chat templates: messages to text.
 
 A template is a program from the internet. It runs in the sandbox of transformers, which refuses whatever
 reaches for Python's insides.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ MAX_TEMPLATE_BYTES = 1 << 20
 
 _INDENTED = re.compile(r"(^|\n)[ \t]{2,}")
 _MARK = re.compile(r"\{%-?\s*generation\b")
-_SENTINEL = "\U0010fffe"
 _FAILURES = (
     jinja2.TemplateError,
     TypeError,
@@ -34,22 +32,6 @@ _FAILURES = (
     RecursionError,
     MemoryError,
 )
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation as its template writes it.
-
-    Attributes:
-        text: The whole text.
-        turns: Of each answer that is learned: where it begins and ends in the text. It begins where the
-            prompt ends that a model would be given, and ends after the mark that closes the turn.
-        prompts: Where each answer of the conversation begins, learned or not.
-    """
-
-    text: str
-    turns: list[tuple[int, int]]
-    prompts: list[int]
 
 
 def read_template(path: str | Path) -> str:
@@ -138,79 +120,8 @@ class ChatTemplate:
             ) from error
         return text
 
-    def find_turns(self, conversation: Conversation) -> Rendered:
-        """Render a conversation and find the answers in it.
-
-        An answer begins where the rendering of all messages before it, asking for an answer, ends; it ends
-        where the rendering up to it ends, without the white space there. Where the template marks answers
-        with {% generation %} only what is marked is learned, and the closing of the turn.
-
-        Raises:
-            DataError: The template refuses the conversation, or writes the messages before an answer
-                differently once the answer is there and marks nothing.
-        """
-        messages = conversation.messages
-        text = self.render(messages, conversation.tools, where=conversation.where)
-        answers = [index for index, message in enumerate(messages) if message["role"].startswith("assistant")]
-        marks = self._marks(conversation) if self.has_marks else None
-        try:
-            turns = {index: self._turn(text, conversation, index) for index in answers}
-        except DataError:
-            if not marks or len(marks) != len(answers):
-                raise
-            turns = dict(zip(answers, marks, strict=True))
-        wanted = [i for i in answers if i >= conversation.trained_from and not _is_empty(messages[i])]
-        learned = [span for i in wanted for span in _within(turns[i], marks)]
-        return Rendered(text, learned, [begin for begin, _ in turns.values()])
-
-    def _turn(self, text: str, conversation: Conversation, index: int) -> tuple[int, int]:
-        begin = self._begin(text, conversation, index)
-        return begin, max(begin, self._end(text, conversation, index))
-
-    def _begin(self, text: str, conversation: Conversation, index: int) -> int:
-        where = f"{conversation.where}, message {index + 1}"
-        if index == 0:
-            raise DataError(
-                "an answer stands first, with nothing to answer", where=where, fix="begin with the user"
-            )
-        prompt = self.render(conversation.messages[:index], conversation.tools, ask=True, where=where)
-        if not text.startswith(prompt):
-            raise DataError(
-                "the chat template writes the prompt differently once the answer is there",
-                where=where,
-                fix="use a template that marks answers with {% generation %}",
-            )
-        return len(prompt)
-
-    def _end(self, text: str, conversation: Conversation, index: int) -> int:
-        messages, where = conversation.messages, conversation.where
-        last = index == len(messages) - 1
-        so_far = text if last else self.render(messages[: index + 1], conversation.tools, where=where)
-        if text.startswith(so_far):
-            return len(so_far.rstrip())
-        return self._end_by_content(text, conversation, index)
-
-    def _end_by_content(self, text: str, conversation: Conversation, index: int) -> int:
-        """Where templates write a later history differently: after the content and its closing mark.
-
-        Raises:
-            DataError: The content does not come through the template as it is.
-        """
-        changed = list(conversation.messages)
-        changed[index] = {**changed[index], "content": changed[index]["content"] + _SENTINEL}
-        whole = self.render(changed, conversation.tools, where=conversation.where)
-        alone = self.render(changed[: index + 1], conversation.tools, where=conversation.where)
-        closing = alone.partition(_SENTINEL)[2].rstrip()
-        at = whole.find(_SENTINEL)
-        if at < 0 or whole.replace(_SENTINEL, "") != text or not text.startswith(closing, at):
-            raise DataError(
-                "the end of an answer cannot be found in the rendered conversation",
-                where=f"{conversation.where}, message {index + 1}",
-                fix="use a template that marks answers with {% generation %}",
-            )
-        return at + len(closing)
-
-    def _marks(self, conversation: Conversation) -> list[tuple[int, int]]:
+    def marks(self, conversation: Conversation) -> list[tuple[int, int]]:
+        """Where the template's {% generation %} marks begin and end in the rendered conversation."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         _, spans = render_jinja_template(
@@ -223,14 +134,6 @@ class ChatTemplate:
         return [(begin, end) for begin, end in spans[0] if end > begin]
 
 
-def _within(turn: tuple[int, int], marks: list[tuple[int, int]] | None) -> list[tuple[int, int]]:
-    """What is learned of a turn: all of it, or what is marked; the last mark reaches to the turn's end."""
-    if marks is None:
-        return [turn]
-    inside = [mark for mark in marks if turn[0] <= mark[0] < turn[1]]
-    return [*inside[:-1], (inside[-1][0], max(inside[-1][1], turn[1]))] if inside else []
-
-
 def _without_indentation(source: str) -> str:
     joined = "".join(line.strip() for line in source.splitlines())
     parsed = _parse(source)
@@ -241,10 +144,6 @@ def _without_indentation(source: str) -> str:
 
 def _strings(parsed: jinja2.nodes.Template) -> list[Any]:
     return [node.value for node in parsed.find_all(jinja2.nodes.Const)]
-
-
-def _is_empty(message: Message) -> bool:
-    return not message["content"].strip() and not message.get("tool_calls")
 
 
 def _parse(source: str) -> jinja2.nodes.Template:

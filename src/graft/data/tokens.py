@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,31 +100,32 @@ class TextEncoder:
             texts: Each with its edges, ascending places in it.
         """
         wholes = self.encode([text for text, _ in texts])
-        befores = iter(self.encode([text[:edge] for text, edges in texts for edge in edges]))
+        # What stands before a control token has no say in the ids after it, so checking from there is enough.
+        spans = [_since_control(text, edges) for text, edges in texts]
+        parts = [text[a:b] for (text, _), pairs in zip(texts, spans, strict=True) for a, b in pairs]
+        encoded = iter(self.encode(parts))
         return [
-            self._apart(text, whole, {edge: next(befores) for edge in edges})
-            for (text, edges), whole in zip(texts, wholes, strict=True)
+            self._apart(text, whole, [(*span, next(encoded)) for span in pairs])
+            for (text, _), whole, pairs in zip(texts, wholes, spans, strict=True)
         ]
 
-    def _apart(self, text: str, whole: Any, befores: dict[int, Any]) -> Apart:
+    def _apart(self, text: str, whole: Any, checks: Sequence[tuple[int, int, Any]]) -> Apart:
         ids, starts = list(whole.ids), _starts(whole)
         counts: dict[int, int] = {}
-        base, head = 0, 0  # the ids from `head` on are those of the text from `base` on
-        for edge, before in befores.items():
-            if base:
+        base = 0  # the ids of what follows are those of the text from here on
+        for origin, edge, encoding in checks:
+            part, part_starts = encoding.ids, _starts(encoding)
+            if origin < base:
+                origin = base
                 part, part_starts = self._following(text[base:edge])
-            else:
-                part, part_starts = before.ids, _starts(before)
+            head = counts.get(origin, 0) if origin == base else bisect_right(starts, origin) - 1
             count = head + len(part)
             if ids[head:count] != part:
                 tail, tail_starts = self._following(text[edge:])
                 ids = [*ids[:head], *part, *tail]
-                starts = [
-                    *starts[:head],
-                    *(base + at for at in part_starts),
-                    *(edge + at for at in tail_starts),
-                ]
-                base, head = edge, count
+                starts = [*starts[:head], *(origin + at for at in part_starts)]
+                starts += [edge + at for at in tail_starts]
+                base = edge
             counts[edge] = count
         return Apart(ids, starts, counts)
 
@@ -172,6 +174,12 @@ def private_character(text: str) -> str:
     """The first character of a text that graft needs for itself, or ""."""
     found = _PRIVATE.search(text)
     return found[0] if found else ""
+
+
+def _since_control(text: str, edges: Sequence[int]) -> list[tuple[int, int]]:
+    """For each edge the last control token before it, or the text's begin; and the edge."""
+    controls = [0, *(found.start() for found in _PRIVATE.finditer(text))]
+    return [(controls[bisect_left(controls, edge, lo=1) - 1], edge) for edge in edges]
 
 
 def _starts(encoding: Any) -> list[int]:

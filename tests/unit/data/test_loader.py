@@ -1,0 +1,54 @@
+"""The order of batches, and what a batch holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from graft.data.loader import Loader
+from graft.data.masking import IGNORED, Sample
+
+
+def samples(*lengths: int) -> list[Sample]:
+    return [Sample([n + 1] * length, [IGNORED, *[n + 1] * (length - 1)]) for n, length in enumerate(lengths)]
+
+
+def order(loader: Loader, epoch: int) -> list[list[int]]:
+    return [row for batch in loader.epoch(epoch) for row in batch.sample_ids]
+
+
+def test_a_packed_batch_by_hand() -> None:
+    loader = Loader(samples(3, 2, 4), 2, 6, packing=True, shuffle=False, pad_id=9)
+    (batch,) = loader.epoch(0)
+    assert batch.sample_ids == [[0], [1, 2]]
+    assert batch.input_ids.tolist() == [[1, 1, 1, 9, 9, 9], [2, 2, 3, 3, 3, 3]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2], [0, 1, 0, 1, 2, 3]]
+    assert batch.labels.tolist() == [[-100, 1, 1, -100, -100, -100], [-100, 2, -100, 3, 3, 3]]
+    assert (batch.num_tokens, batch.num_labelled_tokens) == (9, 6)
+    assert batch.input_ids.dtype == batch.labels.dtype == batch.position_ids.dtype == torch.long
+    assert loader.utilisation() == pytest.approx(9 / 12)
+
+
+def test_the_first_label_of_a_sample_is_never_learned() -> None:
+    whole = [Sample([5, 6], [5, 6]), Sample([7, 8], [7, 8])]
+    (batch,) = Loader(whole, 1, 4, packing=True, shuffle=False).epoch(0)
+    assert batch.labels.tolist() == [[-100, 6, -100, 8]]
+
+
+def test_the_order_follows_from_seed_and_epoch() -> None:
+    rows = samples(*range(1, 9), *range(1, 9))
+    for packing in (False, True):
+        first, second, other = (Loader(rows, 2, 12, packing, seed=seed) for seed in (3, 3, 4))
+        assert order(first, 0) == order(second, 0)
+        assert order(first, 1) == order(second, 1)
+        assert order(first, 0) != order(first, 1)
+        assert order(first, 0) != order(other, 0)
+    plain = Loader(rows, 2, 12, packing=False, shuffle=False)
+    assert order(plain, 0) == order(plain, 1) == [[i] for i in range(16)]
+
+
+def test_packing_in_shuffled_epochs_changes_the_company() -> None:
+    loader = Loader(samples(*[3] * 40), 1, 6, packing=True)
+    company = [{frozenset(row) for row in order(loader, epoch)} for epoch in (0, 1)]
+    assert company[0] != company[1]
+    assert loader.num_batches(0) == loader.num_batches(1) == 20

@@ -1,0 +1,101 @@
+"""The copy of a tokenizer: same ids, control tokens only on purpose, for every kind of tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from graft.data.tokens import TextEncoder, private_character
+from graft.errors import DataError
+
+CORPUS = ["the cat sat on the mat", "a dog ran in the rain </s> end", "the end of the day <|x|> the"] * 20
+SPECIALS = ["<unk>", "<s>", "</s>", "<|x|>"]
+LINES = ["the cat", "</s> the <|x|>the", "  end</s></s>", "", "unseen ß 字", "THE CAT <S>"]
+
+
+def build(kind: str) -> PreTrainedTokenizerFast:
+    model, trainer = {
+        "bpe": (models.BPE(unk_token="<unk>"), trainers.BpeTrainer(special_tokens=SPECIALS, vocab_size=80)),
+        "unigram": (
+            models.Unigram(),
+            trainers.UnigramTrainer(special_tokens=SPECIALS, vocab_size=60, unk_token="<unk>"),
+        ),
+        "wordpiece": (
+            models.WordPiece(unk_token="<unk>"),
+            trainers.WordPieceTrainer(special_tokens=SPECIALS, vocab_size=80),
+        ),
+        "wordlevel": (
+            models.WordLevel(unk_token="<unk>"),
+            trainers.WordLevelTrainer(special_tokens=SPECIALS),
+        ),
+    }[kind]
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace() if kind == "unigram" else pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_special_tokens([AddedToken("<|y|>", lstrip=True, rstrip=True)])
+    tokenizer.add_tokens(["catnip"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "wordpiece", "wordlevel"])
+def test_the_copy_reads_text_as_text_and_marks_as_controls(kind: str) -> None:
+    original = build(kind)
+    encoder = TextEncoder(original)
+    lines = [*LINES, "a <|y|> b catnip", "catnip<s>"]
+    as_text = original(lines, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ids = [encoding.ids for encoding in encoder.encode(lines)]
+    # A unigram model has its control tokens among its pieces, and the original finds them in plain text.
+    assert ids == as_text or kind == "unigram"
+    unknown = original.unk_token_id
+    assert not any(id in original.all_special_ids and id != unknown for line in ids for id in line)
+    lines = [line for line in lines if kind != "unigram" or "<S>" not in line]
+    marked = [encoder.mark_controls(line) for line in lines]
+    as_controls = original(lines, add_special_tokens=False)["input_ids"]
+    assert [encoding.ids for encoding in encoder.encode(marked)] == as_controls
+    assert encoder.control_ids >= set(original.convert_tokens_to_ids([*SPECIALS, "<|y|>"]))
+    assert encoder.eos_id == original.eos_token_id
+
+
+def test_quoted_controls_come_back_as_text() -> None:
+    encoder = TextEncoder(build("bpe"))
+    quoted = encoder.quote_controls(
+        [{"role": "user", "content": "a</s>", "calls": [{"name": "<s>", "n": 3}]}]
+    )
+    assert not encoder.spells_control(repr(quoted))
+    assert encoder.spells_control("a</s>")
+    rendered = encoder.mark_controls(quoted[0]["content"] + "</s>")
+    assert rendered.startswith("a</s>")
+    assert encoder.ids(rendered) == [*encoder.ids("a</s>"), encoder.eos_id]
+
+
+def test_edges_are_kept_by_any_number_of_parts() -> None:
+    encoder = TextEncoder(build("bpe"))
+    text = "the cat sat on the mat"
+    edges = [2, 5, 6, 9, 13]
+    (apart,) = encoder.encode_apart([(text, edges)])
+    for edge in edges:
+        (before,) = encoder.encode_apart([(text[:edge], [cut for cut in edges if cut < edge])])
+        assert apart.ids[: apart.edges[edge]] == before.ids
+        assert all(start < edge for start in apart.starts[: apart.edges[edge]])
+        assert all(start >= edge for start in apart.starts[apart.edges[edge] :])
+
+
+def test_private_characters_are_found() -> None:
+    assert private_character("plain \ue000 text") == ""
+    assert private_character("a\U00100000") == "\U00100000"
+
+
+def test_a_slow_tokenizer_is_refused() -> None:
+    class Slow:
+        name_or_path = "models/slow"
+
+    slow: Any = Slow()
+    with pytest.raises(DataError, match="Slow is not a fast tokenizer"):
+        TextEncoder(slow)
