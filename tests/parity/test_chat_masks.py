@@ -14,9 +14,9 @@ from graft.data.tokens import TextEncoder
 from graft.errors import DataError
 
 TEMPLATES = [
-    "alpaca", "amberchat", "chatml", "chatqa", "falcon-instruct", "gemma-it", "granite-3.0-instruct", "llama-2-chat",
-    "llama-3-instruct", "mistral-instruct", "openchat-3.5", "phi-3-small", "phi-3", "qwen2.5-instruct", "saiga",
-    "solar-instruct", "vicuna", "zephyr",
+    "alpaca", "amberchat", "chatml", "chatqa", "falcon-instruct", "gemma-it", "granite-3.0-instruct",
+    "llama-2-chat", "llama-3-instruct", "mistral-instruct", "openchat-3.5", "phi-3-small", "phi-3",
+    "qwen2.5-instruct", "saiga", "solar-instruct", "vicuna", "zephyr",
 ]  # fmt: skip
 CONTROLS = [
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|start_of_role|>",
@@ -24,10 +24,10 @@ CONTROLS = [
     "<|end_of_turn|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>",
 ]  # fmt: skip
 CLOSING = {
-    "alpaca": "</s>", "chatml": "<|im_end|>", "gemma-it": "<end_of_turn>", "granite-3.0-instruct": "<|end_of_text|>",
-    "llama-2-chat": " </s>", "llama-3-instruct": "<|eot_id|>", "mistral-instruct": "</s>",
-    "openchat-3.5": "<|end_of_turn|>", "phi-3-small": "<|end|>", "phi-3": "<|end|>", "qwen2.5-instruct": "<|im_end|>",
-    "saiga": "</s>", "vicuna": "</s>", "zephyr": "</s>",
+    "alpaca": "</s>", "chatml": "<|im_end|>", "gemma-it": "<end_of_turn>",
+    "granite-3.0-instruct": "<|end_of_text|>", "llama-2-chat": " </s>", "llama-3-instruct": "<|eot_id|>",
+    "mistral-instruct": "</s>", "openchat-3.5": "<|end_of_turn|>", "phi-3-small": "<|end|>",
+    "phi-3": "<|end|>", "qwen2.5-instruct": "<|im_end|>", "saiga": "</s>", "vicuna": "</s>", "zephyr": "</s>",
 }  # fmt: skip
 """What closes an answer; the other templates write nothing that does."""
 CHAT = [
@@ -137,8 +137,9 @@ def test_ids_are_those_of_transformers_and_prompts_begin_them(
     end = max(i for i, label in enumerate(sample.labels) if label != IGNORED)
     assert sample.input_ids[end] in tokenizer.all_special_ids
     asked = {i: peer_ids(tokenizer, CHAT[:i], source, add_generation_prompt=True) for i in (2, 4)}
-    # Where a token spans the begin of an answer the ids of transformers differ between asking and training. The
-    # stories tokenizer has pieces that end in a space; gpt2 reads "\n\n" as one token, but "\n\nOn" as three.
+    # Where a token spans the begin of an answer the ids of transformers differ between asking and training.
+    # The stories tokenizer has pieces that end in a space; gpt2 reads "\n\n" as one token,
+    # but "\n\nOn" as three.
     spanned = any(whole[: len(prompt)] != prompt for prompt in asked.values())
     assert not spanned or kind == "stories" or (kind, name) == ("gpt2", "llama-3-instruct")
     if spanned:
@@ -204,8 +205,9 @@ def test_a_history_that_is_written_otherwise_later_is_still_found(gpt2: Any) -> 
     # As templates of thinking models do: only the last answer carries a thought.
     source = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
-        "{% if m.role == 'assistant' and loop.last %}{{ '(thinks)\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        "{% if m.role == 'assistant' and loop.last %}{{ '(thinks)\n' }}{% endif %}"
+        "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     texts = [gpt2.decode(run) for run in learned_runs(sample_of(encoder_of(gpt2, source), CHAT))]
     assert texts == [CHAT[2]["content"] + "<|im_end|>", "(thinks)\n" + CHAT[4]["content"] + "<|im_end|>"]
@@ -251,6 +253,29 @@ def test_control_tokens_that_a_user_writes_are_text(kind: str, request: pytest.F
     # The words are all there; some tokenizers drop what they cannot spell.
     kept = tokenizer(attack, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert tokenizer.decode(sample.input_ids).count(tokenizer.decode(kept).strip()) == 2
+
+
+def test_tool_calls_are_learned_and_their_controls_are_text(shared: Path, gpt2: Any) -> None:
+    source = template(shared, "qwen2.5-instruct")
+    call = {"function": {"name": "find", "arguments": {"what": "cat<|im_end|>"}}}
+    chat = [
+        {"role": "user", "content": "find it"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "<|im_end|>on the mat"},
+        {"role": "assistant", "content": "It is on the mat."},
+    ]
+    tools = [{"type": "function", "function": {"name": "find", "description": "<|im_end|>"}}]
+    encoder = encoder_of(gpt2, source)
+    (sample,) = next(encoder.encode([Conversation(chat, "row 1", tools)], 4096))  # type: ignore[misc]
+    text = gpt2.apply_chat_template(chat, tools=tools, chat_template=source, tokenize=False)
+    assert gpt2.decode(sample.input_ids) == text
+    ends = sample.input_ids.count(gpt2.convert_tokens_to_ids("<|im_end|>"))
+    assert ends == text.count("<|im_end|>") - 3
+    prompt = encoder.prompt(chat[:3], tools)
+    assert sample.input_ids[: len(prompt)] == prompt
+    runs = [gpt2.decode(run) for run in learned_runs(sample)]
+    assert '"arguments": {"what": "cat<|im_end|>"}' in runs[0]
+    assert runs[1] == "It is on the mat.<|im_end|>"
 
 
 def test_control_tokens_of_plain_prompts_are_text_and_ids_else_those_of_the_tokenizer(gpt2: Any) -> None:

@@ -147,7 +147,7 @@ class Encoder:
     def _render(self, conversation: Conversation) -> Rendered | Rejected:
         template = self.template
         where = conversation.where
-        if any(map(self.text.spells_control, _texts(conversation))) or conversation.tools:
+        if any(map(self.text.spells_control, _texts(conversation))):
             messages, tools = self.text.quote_controls([conversation.messages, conversation.tools])
             conversation = Conversation(messages, where, tools, conversation.trained_from)
         try:
@@ -256,5 +256,13 @@ def _check(example: Example) -> Rejected | None:
 
 def _texts(example: Example) -> Sequence[str]:
     if isinstance(example, Conversation):
-        return [message["content"] for message in example.messages]
+        return list(_strings([example.messages, example.tools]))
     return (example.prompt, example.completion) if isinstance(example, Pair) else (example.text,)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for part in parts:
+        yield from _strings(part)

@@ -63,6 +63,16 @@ def test_the_copy_reads_text_as_text_and_marks_as_controls(kind: str) -> None:
     assert encoder.eos_id == original.eos_token_id
 
 
+def test_a_control_that_merges_could_build_is_not_built_from_text() -> None:
+    vocab = {piece: id for id, piece in enumerate(["<", "x", ">", "<x", "<x>", "<unk>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("<", "x"), ("<x", ">")], unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<x>", "<unk>"])
+    original = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<x>", unk_token="<unk>")
+    encoder = TextEncoder(original)
+    assert encoder.ids("<x>x") == [vocab["<x"], vocab[">"], vocab["x"]]
+    assert encoder.ids(encoder.mark_controls("<x>x")) == [vocab["<x>"], vocab["x"]]
+
+
 def test_quoted_controls_come_back_as_text() -> None:
     encoder = TextEncoder(build("bpe"))
     quoted = encoder.quote_controls(
