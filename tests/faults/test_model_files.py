@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import shutil
@@ -163,9 +164,24 @@ def test_own_code_is_refused(model_dir, tmp_path):
 
 def test_own_code_beside_a_known_model_is_not_run(model_dir, tmp_path):
     marker = tmp_path / "ran"
-    (model_dir / "modeling_evil.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
-    edit_config(model_dir, auto_map={"AutoModelForCausalLM": "modeling_evil.EvilForCausalLM"})
+    (model_dir / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    classes = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilForCausalLM"}
+    edit_config(model_dir, auto_map=classes)
+    settings = model_dir / "tokenizer_config.json"
+    own = {"auto_map": {"AutoTokenizer": [None, "evil.EvilTokenizer"]}}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **own}))
     assert type(load(model_dir).model).__name__ == "LlamaForCausalLM"
+    assert not marker.exists()
+
+
+def test_own_code_of_a_tokenizer_is_refused(model_dir, tmp_path):
+    marker = tmp_path / "ran"
+    (model_dir / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    settings = model_dir / "tokenizer_config.json"
+    own = {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": [None, "evil.EvilTokenizer"]}}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **own}))
+    with contextlib.suppress(ModelError):
+        load(model_dir)
     assert not marker.exists()
 
 
