@@ -92,7 +92,9 @@ class Loader:
         """
         rows = self.rows(epoch)
         for begin in range(start * self._batch_size, len(rows), self._batch_size):
-            yield collate(self._samples, rows[begin : begin + self._batch_size], self._pad_id)
+            yield collate(
+                self._samples, rows[begin : begin + self._batch_size], self._pad_id, self._max_length
+            )
 
     def utilisation(self, epoch: int = 0) -> float:
         """Share of an epoch's token places that hold no padding."""
@@ -117,16 +119,30 @@ class Loader:
         return rows
 
 
-def collate(samples: Sequence[Sample], rows: Sequence[Sequence[int]], pad_id: int) -> Batch:
+def rounded_length(length: int) -> int:
+    """A length rounded up to one of eight sizes per doubling, at most an eighth more.
+
+    Matrix libraries compile and keep code and scratch memory for each shape they meet; lengths that are all
+    different cost them time in every batch and gigabytes in the end.
+    """
+    step = max(8, 1 << max(0, length.bit_length() - 4))
+    return -(-length // step) * step
+
+
+def collate(
+    samples: Sequence[Sample], rows: Sequence[Sequence[int]], pad_id: int, max_length: int | None = None
+) -> Batch:
     """Lay samples into the rows of one batch.
 
     Args:
         samples: All samples.
         rows: For each row the indexes of its samples.
-        pad_id: Fills rows up to the longest.
+        pad_id: Fills rows up to the width of the batch: the longest row, rounded up by `rounded_length`.
+        max_length: The width is not rounded above this.
     """
     lengths = [sum(len(samples[index].input_ids) for index in row) for row in rows]
     width = max(lengths)
+    width = max(width, min(rounded_length(width), max_length or rounded_length(width)))
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     labels = torch.full((len(rows), width), IGNORED, dtype=torch.long)
     position_ids = torch.zeros((len(rows), width), dtype=torch.long)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from graft.data.loader import Batch
+from graft.data.loader import Batch, rounded_length
 from graft.errors import DataError
 from graft.evaluate.decoding import evaluating
 from graft.models.families import head, hidden_states
@@ -138,7 +138,10 @@ def _is_frozen(model: nn.Module) -> bool:
 
 
 def _chunk_losses(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    return functional.cross_entropy(head(model, hidden).float(), targets, reduction="none")
+    # A count of labels that differs in each batch would be a new shape each time; see rounded_length.
+    spare = rounded_length(len(targets)) - len(targets)
+    logits = head(model, functional.pad(hidden, (0, 0, 0, spare)))[: len(targets)]
+    return functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def evaluate_loss(model: nn.Module, batches: Iterable[Batch]) -> LossReport:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graft.data.loader import Loader
+from graft.data.loader import Loader, rounded_length
 from graft.data.masking import IGNORED, Sample
 
 
@@ -52,3 +52,16 @@ def test_packing_in_shuffled_epochs_changes_the_company() -> None:
     company = [{frozenset(row) for row in order(loader, epoch)} for epoch in (0, 1)]
     assert company[0] != company[1]
     assert loader.num_batches(0) == loader.num_batches(1) == 20
+
+
+def test_lengths_are_rounded_to_few_sizes() -> None:
+    sizes = {rounded_length(length) for length in range(1, 4097)}
+    assert len(sizes) <= 8 * 12
+    for length in range(1, 4097):
+        assert length <= rounded_length(length) <= max(8, length * 9 / 8)
+
+
+def test_the_width_of_a_batch_stays_within_max_length() -> None:
+    samples = [Sample(list(range(100)), [-100, *range(1, 100)])]
+    assert next(Loader(samples, 1, 100, packing=True).epoch(0)).input_ids.shape == (1, 100)
+    assert next(Loader(samples, 1, 512, packing=True).epoch(0)).input_ids.shape == (1, rounded_length(100))
