@@ -28,6 +28,17 @@ THINKING = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 
+UNEVEN = (
+    "{% for m in messages %}{{ '<' + m.role + '>' }}{% if loop.index0 == 4 %}{{ 'note: ' }}{% endif %}"
+    "{{ m.content + ('</late>' if loop.index0 == 6 else '</>') + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+OWN = {
+    "thinking": THINKING,
+    "uneven closing": UNEVEN.replace("== 4", "== 99"),
+    "uneven lead": UNEVEN.replace("== 6", "== 99"),
+}
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tinystories: Path) -> Any:
@@ -52,12 +63,12 @@ CONTENTS = [
 
 
 @pytest.mark.parametrize("contents", CONTENTS)
-@pytest.mark.parametrize("name", [*NAMES, "thinking"])
+@pytest.mark.parametrize("name", [*NAMES, *OWN])
 def test_many_answers_are_found_where_each_alone_is(
     shared: Path, tokenizer: Any, name: str, contents: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shared / "tokenizers" / "chat_templates"
-    source = THINKING if name == "thinking" else read_template(folder / f"{name}.jinja")
+    source = OWN.get(name) or read_template(folder / f"{name}.jinja")
     template, chat = ChatTemplate(tokenizer, source), long_chat(contents)
     together = find_turns(template, chat)
     monkeypatch.setattr(turns, "_FEW", 1000)
