@@ -8,14 +8,39 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdamWConfig": "graft.training.optim",
+    "Adapter": "graft.adapters.attached",
+    "BaseModel": "graft.models.load",
+    "DataConfig": "graft.data.config",
+    "GenerationConfig": "graft.evaluate.generate",
+    "GraftError": "graft.errors",
+    "LoraConfig": "graft.adapters.lora",
+    "QuantizationConfig": "graft.quant.config",
+    "Run": "graft.training.build",
+    "RunConfig": "graft.training.config",
+    "TrainingConfig": "graft.training.config",
+    "adapters_of": "graft.adapters.attached",
+    "attach": "graft.adapters.attach",
+    "detach": "graft.adapters.attach",
+    "disabled": "graft.adapters.attached",
+    "generate": "graft.evaluate.generate",
+    "load": "graft.models.load",
+    "load_adapter": "graft.adapters.peft_format",
+    "merge": "graft.adapters.merge",
+    "resume": "graft.training.build",
+    "save_adapter": "graft.adapters.peft_format",
+    "set_active": "graft.adapters.attached",
+    "train": "graft.training.build",
 }
 
 __all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from the room where it lives, on first use."""
+    """Import a public name from the room where it lives, on first use.
+
+    Raises:
+        AttributeError: There is no such name.
+    """
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'graft' has no attribute {name!r}")

@@ -158,21 +158,24 @@ def read_yaml(path: str | os.PathLike[str]) -> Settings:
             if isinstance(event, yaml.AliasEvent):
                 raise ConfigError(
                     f"the alias *{event.anchor} is not accepted",
-                    where=f"{path} line {event.start_mark.line + 1}",
+                    where=_place(path, event.start_mark),
                     fix="write the value out",
                 )
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1} column {mark.column + 1}" if mark else ""
+        mark: Any = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError(
-            f"not YAML: {problem}", where=f"{path}{line}", fix="mend the syntax there"
+            f"not YAML: {problem}", where=_place(path, mark), fix="mend the syntax there"
         ) from error
     settings = Settings()
     if root is not None:
         _walk(root, "", path.name, settings)
     return settings
+
+
+def _place(path: Path, mark: Any) -> str:
+    return str(path) if mark is None else f"{path} line {mark.line + 1} column {mark.column + 1}"
 
 
 def _walk(node: Any, path: str, file: str, settings: Settings) -> None:
@@ -303,7 +306,8 @@ def _construct(
 ) -> T | None:
     import pydantic
 
-    values, fields, before = {}, _field_types(cls), len(problems)
+    values: dict[str, Any] = {}
+    fields, before = _field_types(cls), len(problems)
     for name, value in tree.items():
         full = f"{path}.{name}" if path else name
         section = _section(fields[name])
@@ -384,7 +388,7 @@ def _options(kind: Any) -> tuple[Any, ...]:
 
 
 def _section(kind: Any) -> type | None:
-    return next((option for option in _options(kind) if dataclasses.is_dataclass(option)), None)  # type: ignore[arg-type]
+    return next((o for o in _options(kind) if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
 
 
 def _accepts(kind: Any, wanted: type) -> bool:

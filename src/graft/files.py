@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from graft.errors import StorageError
 
@@ -43,7 +43,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise _storage_error(error, path, len(data)) from error
+        _refuse(error, path, len(data))
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -102,9 +102,7 @@ def new_directory(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
         _publish(partial, path)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, StorageError):
-            raise
-        raise _storage_error(error, path, None) from error
+        _refuse(error, path, None)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -150,7 +148,11 @@ def sync_tree(path: Path) -> None:
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
-    """Digest of a file's content, as 64 hex digits."""
+    """Digest of a file's content, as 64 hex digits.
+
+    Raises:
+        StorageError: The file cannot be read.
+    """
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
@@ -180,14 +182,16 @@ def safe_join(root: str | os.PathLike[str], name: str) -> Path:
     return path
 
 
-def _storage_error(error: OSError, path: Path, size: int | None) -> StorageError:
+def _refuse(error: OSError, path: Path, size: int | None) -> NoReturn:
+    if isinstance(error, StorageError):  # told already, by a function of this file
+        raise error
     needed = "" if size is None else f"; {size:,} bytes were needed"
     try:
         free = f"; {shutil.disk_usage(path.parent).free:,} bytes are free there"
     except OSError:
         free = ""
-    return StorageError(
+    raise StorageError(
         f"cannot be written: {error.strerror or error}{needed}{free}",
         where=str(path),
         fix="free some space, or choose a place that you may write to; nothing that was there is lost",
-    )
+    ) from error

@@ -76,7 +76,9 @@ class RunDirectory:
             )
         if self.path.exists() and not self.path.is_dir():
             raise StorageError("is a file", where=str(self.path), fix="choose another output directory")
-        if self.path.is_dir() and any(name.name not in ("checkpoints", "lock") for name in self.path.iterdir()):
+        if self.path.is_dir() and any(
+            name.name not in ("checkpoints", "lock") for name in self.path.iterdir()
+        ):
             raise StorageError("is not empty", where=str(self.path), fix="choose another output directory")
 
     @classmethod

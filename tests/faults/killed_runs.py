@@ -19,10 +19,15 @@ from pathlib import Path
 import torch
 
 from graft.config import build, read_assignments
-from graft.training.build import resume_run, run_from_config
+from graft.training.build import resume, run_from_config
 from graft.training.config import RunConfig
 
-COMPARED = ("metrics.jsonl", "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/graft.json")
+COMPARED = (
+    "metrics.jsonl",
+    "adapter/adapter_model.safetensors",
+    "adapter/adapter_config.json",
+    "adapter/graft.json",
+)
 
 
 def config(model: str, rows: str, out: Path) -> RunConfig:
@@ -49,7 +54,7 @@ def config(model: str, rows: str, out: Path) -> RunConfig:
 def child(made: RunConfig, out: Path) -> None:
     torch.set_num_threads(1)
     if (out / "run.json").exists():
-        resume_run(out)
+        resume(out)
     else:
         run_from_config(made)
 
@@ -119,7 +124,7 @@ def main() -> None:
         ]
         runs += 1
     phases = {name: hits.count(name) for name in sorted(set(hits))}
-    print(json.dumps({"kills": len(hits), "runs": runs, "phases": phases, "different": different}))
+    sys.stdout.write(json.dumps({"kills": len(hits), "runs": runs, "phases": phases, "different": different}))
 
 
 if __name__ == "__main__":

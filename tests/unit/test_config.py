@@ -22,7 +22,8 @@ def test_sections_and_values(tmp_path: Path) -> None:
         RunConfig,
         settings_of(
             tmp_path,
-            "model: {name: some/dir, dtype: bfloat16}\nquantization: nf4\nadapter: {rank: 4, target_modules: [q_proj]}\n"
+            "model: {name: some/dir, dtype: bfloat16}\nquantization: nf4\n"
+            "adapter: {rank: 4, target_modules: [q_proj]}\n"
             "training: {learning_rate: 1e-3, max_steps: 5}\noutput: runs/x\n",
         ),
     )
@@ -71,7 +72,8 @@ def test_range_is_checked_with_its_place(tmp_path: Path) -> None:
 def test_foreign_names_are_answered_with_ours(tmp_path: Path) -> None:
     settings = settings_of(
         tmp_path,
-        "model_name_or_path: m\nload_in_4bit: true\nbnb_4bit_use_double_quant: false\nlora_r: 4\nlora_alpha: 8\n"
+        "model_name_or_path: m\nload_in_4bit: true\nbnb_4bit_use_double_quant: false\n"
+        "lora_r: 4\nlora_alpha: 8\n"
         "cutoff_len: 64\nper_device_train_batch_size: 2\ntrain_on_inputs: false\noutput_dir: o\n",
     )
     config = build(RunConfig, settings)
@@ -99,7 +101,9 @@ def test_later_settings_win(tmp_path: Path) -> None:
 
 
 def test_round_trip_through_a_dictionary(tmp_path: Path) -> None:
-    config = build(RunConfig, settings_of(tmp_path, "adapter: {layers: [0, 1]}\nquantization: {blocksize: 128}\n"))
+    config = build(
+        RunConfig, settings_of(tmp_path, "adapter: {layers: [0, 1]}\nquantization: {blocksize: 128}\n")
+    )
     assert from_dict(RunConfig, to_dict(config), "run.json") == config
 
 

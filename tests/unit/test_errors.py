@@ -9,9 +9,7 @@ import pytest
 from graft import errors
 
 KINDS = [
-    kind
-    for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, errors.GraftError)
+    kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.GraftError)
 ]
 
 
@@ -34,7 +32,9 @@ def test_pickle_keeps_every_field(kind: type[errors.GraftError]) -> None:
 
 
 def test_nested_problems_survive_pickling() -> None:
-    error = errors.ConfigError("2 problems", problems=[errors.ConfigError("a"), errors.ConfigError("b", fix="c")])
+    error = errors.ConfigError(
+        "2 problems", problems=[errors.ConfigError("a"), errors.ConfigError("b", fix="c")]
+    )
     twin = pickle.loads(pickle.dumps(error))
     assert [str(problem) for problem in twin.problems] == ["a", "b\n  fix:   c"]
 

@@ -41,14 +41,18 @@ def test_new_directory_appears_only_when_filled(tmp_path: Path) -> None:
         (partial / "x").write_text("1")
         assert not path.exists()
     assert (path / "x").read_text() == "1"
-    with pytest.raises(StorageError, match="already exists"), files.new_directory(path):
-        pass
+    with pytest.raises(StorageError, match="already exists"):
+        files.new_directory(path).__enter__()
 
 
 def test_failed_directory_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), files.new_directory(tmp_path / "out") as partial:
-        (partial / "x").write_text("1")
-        raise ZeroDivisionError
+    def fill_and_fail() -> None:
+        with files.new_directory(tmp_path / "out") as partial:
+            (partial / "x").write_text("1")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fill_and_fail()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -78,7 +78,7 @@ def internal_failure(error: Exception, as_json: bool) -> None:
 
 
 def table(rows: list[list[str]]) -> str:
-    """Rows as aligned columns; the first row is the head, the first column is text, the others are figures."""
+    """Rows as aligned columns; the first row is the head, the first column is text, the others figures."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(

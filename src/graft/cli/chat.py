@@ -45,22 +45,22 @@ def chat(
     opened = open_model(model, adapter, force_base=force_base)
     if not opened.chat:
         answer.note("this model was not taught to chat: it continues each line as plain text")
-    start = [{"role": "system", "content": system}] if system else []
+    start = [("system", system)] if system else []
     messages = list(start)
     while (words := _ask()) not in (None, "/quit"):
         assert words is not None
         if words == "/new":
             messages = list(start)
             continue
-        messages.append({"role": "user", "content": words})
-        prompt = opened.messages(messages) if opened.chat else words
+        messages.append(("user", words))
+        prompt = opened.messages(messages) if opened.chat else opened.prompt(words)
         if compare:
             from graft.adapters.attach import disabled
 
             with disabled(opened.base.model):
                 _write("base:    ", opened, prompt, config)
         text = _write("adapter: " if compare else "", opened, prompt, config)
-        messages.append({"role": "assistant", "content": text})
+        messages.append(("assistant", text))
 
 
 def _ask() -> str | None:
@@ -71,12 +71,12 @@ def _ask() -> str | None:
     return words or _ask()
 
 
-def _write(label: str, opened: Opened, prompt: str | list[int], config: GenerationConfig) -> str:
+def _write(label: str, opened: Opened, prompt: list[int], config: GenerationConfig) -> str:
     from graft.evaluate.generate import stream
 
     sys.stdout.write(label)
     pieces = []
-    for piece in stream(opened.base.model, opened.base.tokenizer, prompt, config):
+    for piece in stream(opened.base.model, opened.base.tokenizer, prompt, config, end_ids=opened.end_ids):
         pieces.append(piece)
         sys.stdout.write(piece)
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""`graft demo`: full, LoRA and QLoRA on the built-in base and task, compared, merged and written to a page."""
+"""`graft demo`: full, LoRA and QLoRA on the built-in base and task, compared, merged, shown on a page."""
 
 from __future__ import annotations
 
@@ -55,11 +55,7 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", help="Seeds every run.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
-    """Five minutes, offline, on a CPU: fine-tune three ways, compare, merge, and see before and after.
-
-    Raises:
-        StorageError: The directory exists and is not a demo's.
-    """
+    """Five minutes, offline, on a CPU: fine-tune three ways, compare, merge, and see before and after."""
     started = time.monotonic()
     if out.exists() and any(out.iterdir()):
         raise StorageError("is not empty", where=str(out), fix=f"rm -r {out}, or --out another")
@@ -150,7 +146,8 @@ def _answers_of(task: Path, method: str | None, run: Path | None) -> tuple[list[
         batch_size=50,
     )
     rows = result.predictions
-    return [row.prompt for row in rows], [row.reference for row in rows], [row.prediction for row in rows]
+    wanted = [row.reference or "" for row in rows]
+    return [row.prompt or "" for row in rows], wanted, [row.prediction or "" for row in rows]
 
 
 def _accuracy(answers: list[str], wanted: list[str]) -> float:

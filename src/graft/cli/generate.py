@@ -59,13 +59,15 @@ def generate(
     opened = open_model(model, adapter, quantization=quantization, force_base=force_base, chat=chat)
     asked = [opened.prompt(prompt) for prompt in prompts]
     if compare:
-        pairs = compare_generations(opened.base.model, opened.base.tokenizer, asked, config)
+        pairs = compare_generations(
+            opened.base.model, opened.base.tokenizer, asked, config, end_ids=opened.end_ids
+        )
         rows = [{"prompt": p, "base": b, "text": t} for p, (b, t) in zip(prompts, pairs, strict=True)]
         text = "\n\n".join(
             f"prompt:  {r['prompt']}\nbase:    {r['base']}\nadapter: {r['text']}" for r in rows
         )
     else:
-        texts = write(opened.base.model, opened.base.tokenizer, asked, config)
+        texts = write(opened.base.model, opened.base.tokenizer, asked, config, end_ids=opened.end_ids)
         rows = [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
         text = "\n\n".join(texts)
     answer.success(as_json, {"completions": rows}, text)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graft.cli import answer
 from graft.errors import ConfigError
 from graft.models.load import BaseModel
 
-CHAT_FORMATS = ("messages", "alpaca", "sharegpt")
+if TYPE_CHECKING:
+    from graft.data.masking import Encoder
+
+CHAT_FORMATS = ("messages", "alpaca", "sharegpt", "mixed")
 """Data formats that are rendered with the chat template where there is one."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Opened:
     """A model ready to use.
 
@@ -29,15 +34,25 @@ class Opened:
     adapter: bool
     chat: bool
 
-    def prompt(self, text: str) -> str | list[int]:
-        """A user's words as this model was taught to read them."""
-        return self.messages([{"role": "user", "content": text}]) if self.chat else text
+    @cached_property
+    def encoder(self) -> Encoder:
+        """What turns prompts into exactly the ids that begin a training sample."""
+        from graft.data.masking import Encoder
 
-    def messages(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation that the model is to continue."""
-        from graft.data.templates import prompt_ids
+        return Encoder(self.base.tokenizer)
 
-        return prompt_ids(self.base.tokenizer, messages)
+    @property
+    def end_ids(self) -> list[int]:
+        """Tokens that end an answer besides the model's own end token."""
+        return self.encoder.end_of_turn_ids() if self.chat else []
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a user's words, as this model was taught to read them."""
+        return self.messages([("user", text)]) if self.chat else self.encoder.prompt(text)
+
+    def messages(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Token ids of a conversation of (role, content) that the model is to continue."""
+        return self.encoder.prompt([{"role": role, "content": content} for role, content in messages])
 
 
 def open_model(
@@ -76,6 +91,8 @@ def open_model(
     elif quantization != "none":
         config = QuantizationConfig(quant_type=quantization)  # type: ignore[arg-type]
     base = load(name, quantization=config, dtype=dtype)
+    if taught_template := side.get("facts", {}).get("chat_template"):
+        base.tokenizer.chat_template = taught_template
     if adapter is not None:
         loaded = load_adapter(base.model, adapter, force_base=force_base)
         for line in loaded.notes:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from graft.training.build import Run
     from graft.training.monitors import Monitor
 
-METHODS = {
+METHODS: dict[str, dict[str, str | None]] = {
     "full": {"adapter": None, "quantization": None},
     "lora": {"adapter.method": "lora"},
     "qlora": {"adapter.method": "lora", "quantization.quant_type": "nf4"},
@@ -43,12 +43,8 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
-    """Fine-tune a model; --resume RUN goes on exactly where a run stopped.
-
-    Raises:
-        ConfigError: The flags or the file are wrong.
-    """
-    given = {"CONFIG": config, "--model": model, "--data": data, "--eval-data": eval_data}
+    """Fine-tune a model; --resume RUN goes on exactly where a run stopped."""
+    given: dict[str, object] = {"CONFIG": config, "--model": model, "--data": data, "--eval-data": eval_data}
     given |= {"--method": method, "--out": out, "--set": assignments}
     if resume is not None:
         besides = [flag for flag, value in given.items() if value]
@@ -58,9 +54,9 @@ def train(
                 where="--resume",
                 fix=f"graft train --resume {resume}",
             )
-        from graft.training.build import resume_run
+        from graft.training.build import resume as go_on
 
-        finished = resume_run(resume, _monitor(quiet, 10))
+        finished = go_on(resume, _monitor(quiet, 10))
     else:
         settings = read_yaml(config) if config is not None else Settings()
         settings.update(_flags(model, data, eval_data, method or (None if config else "lora"), out))
@@ -119,8 +115,7 @@ def _tell(run: Run, as_json: bool) -> None:
     }
     steps = run.metrics["steps"]
     text = f"done after {steps} steps: {result}\n"
+    text += f"page:  {run.directory / 'report.html'}\nnext:  graft generate {model} --prompt ..."
     if run.adapter:
-        text += f"next:  graft generate MODEL {model} --prompt ...\n       graft merge {run.adapter} --out merged/"
-    else:
-        text += f"next:  graft generate {model} --prompt ..."
+        text += f" --compare\n       graft merge {run.adapter} --out merged/"
     answer.success(as_json, fields, text)

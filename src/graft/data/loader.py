@@ -100,7 +100,7 @@ class Loader:
         """Share of an epoch's token places that hold no padding."""
         rows = [sum(self._lengths[index] for index in row) for row in self.rows(epoch)]
         batches = [rows[begin : begin + self._batch_size] for begin in range(0, len(rows), self._batch_size)]
-        return sum(rows) / sum(max(batch) * len(batch) for batch in batches)
+        return sum(rows) / sum(_width(batch, self._max_length) * len(batch) for batch in batches)
 
     def _arrange(self, epoch: int) -> list[list[int]]:
         order = list(range(len(self._samples)))
@@ -129,6 +129,12 @@ def rounded_length(length: int) -> int:
     return -(-length // step) * step
 
 
+def _width(lengths: Sequence[int], max_length: int | None) -> int:
+    longest = max(lengths)
+    rounded = rounded_length(longest)
+    return rounded if max_length is None else max(longest, min(rounded, max_length))
+
+
 def collate(
     samples: Sequence[Sample], rows: Sequence[Sequence[int]], pad_id: int, max_length: int | None = None
 ) -> Batch:
@@ -141,8 +147,7 @@ def collate(
         max_length: The width is not rounded above this.
     """
     lengths = [sum(len(samples[index].input_ids) for index in row) for row in rows]
-    width = max(lengths)
-    width = max(width, min(rounded_length(width), max_length or rounded_length(width)))
+    width = _width(lengths, max_length)
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     labels = torch.full((len(rows), width), IGNORED, dtype=torch.long)
     position_ids = torch.zeros((len(rows), width), dtype=torch.long)

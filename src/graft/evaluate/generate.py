@@ -144,16 +144,28 @@ def stream(
 
 
 def compare_generations(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], config: GenerationConfig | None = None
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    config: GenerationConfig | None = None,
+    *,
+    end_ids: Collection[int] = (),
 ) -> list[tuple[str, str]]:
     """Continue each prompt without and with the model's active adapters.
+
+    Args:
+        model: A model with adapters.
+        tokenizer: Its tokenizer.
+        prompts: Texts, or lists of token ids.
+        config: How to write; greedy by default.
+        end_ids: Tokens that end a text besides the model's own.
 
     Returns:
         Pairs (base, adapted), in the order of the prompts.
     """
-    adapted = generate(model, tokenizer, prompts, config)
+    adapted = generate(model, tokenizer, prompts, config, end_ids=end_ids)
     with disabled(model):
-        base = generate(model, tokenizer, prompts, config)
+        base = generate(model, tokenizer, prompts, config, end_ids=end_ids)
     return list(zip(base, adapted, strict=True))
 
 

@@ -23,7 +23,10 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 class Section(Protocol):
     """One part of a page."""
 
-    title: str
+    @property
+    def title(self) -> str:
+        """Its heading."""
+        ...
 
     def body(self) -> str:
         """HTML below the title."""

@@ -152,6 +152,7 @@ def random_model(
 def _labelled(base: BaseModel) -> BaseModel:
     base.model.graft_fingerprint = base.fingerprint
     base.model.graft_name = base.name
+    base.model.graft_revision = base.revision
     return base
 
 

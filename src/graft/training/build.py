@@ -25,6 +25,7 @@ from graft.config import from_dict, to_dict
 from graft.data.config import DataConfig
 from graft.data.loader import Loader
 from graft.data.prepare import Dataset, prepare_splits
+from graft.data.templates import read_template
 from graft.errors import CheckpointError, ConfigError, TrainingError
 from graft.models.load import BaseModel, load, load_tokenizer
 from graft.models.save import save_model
@@ -81,7 +82,7 @@ def run_from_config(config: RunConfig, monitor: Monitor | None = None) -> Run:
     return _run(base, config, train_data, eval_data, RunDirectory.create(config.output), monitor)
 
 
-def resume_run(path: str | os.PathLike[str], monitor: Monitor | None = None) -> Run:
+def resume(path: str | os.PathLike[str], monitor: Monitor | None = None) -> Run:
     """Go on with a run that was stopped or killed, as if it had never stopped.
 
     Args:
@@ -197,8 +198,9 @@ def _prepare_data(
 def _describe_data(name: str, data: Dataset) -> str:
     report = data.report
     lines = [
-        f"{name} data {report.path}: {report.format} ({report.reason}); {report.num_used:,} of {report.num_rows:,} rows, "
-        f"{report.num_samples:,} samples, {report.num_tokens:,} tokens, {report.num_labelled_tokens:,} of them learned"
+        f"{name} data {report.path}: {report.format} ({report.reason}); {report.num_used:,} of "
+        f"{report.num_rows:,} rows, {report.num_samples:,} samples, {report.num_tokens:,} tokens, "
+        f"{report.num_labelled_tokens:,} of them learned"
     ]
     return "\n".join([*lines, *(f"  {note}" for note in report.notes)])
 
@@ -336,7 +338,11 @@ def _trained(model: nn.Module, adapter: Adapter | None) -> dict[str, nn.Paramete
 def _precision(
     base: BaseModel, config: RunConfig, adapter: Adapter | None
 ) -> tuple[torch.dtype | None, dict[str, str]]:
-    """Tensors that train are float32; the rest computes in the base's dtype."""
+    """Tensors that train are float32; the rest computes in the base's dtype.
+
+    Raises:
+        ConfigError: float16, whose small range loses gradients.
+    """
     asked = config.model.dtype
     if "float16" in (asked, str(base.dtype).removeprefix("torch.")):
         raise ConfigError(
@@ -401,11 +407,14 @@ def _write_results(
         "run": run_id(record),
         "data": record["identity"]["training data"],
         "format": record["format"],
+        "chat_template": read_template(config.data.chat_template) if config.data.chat_template else None,
         "steps": position.step,
     }
     if adapter is not None:
         save_adapter(base.model, run.adapter_path, adapter.name, facts=facts)
     else:
+        if facts["chat_template"]:
+            base.tokenizer.chat_template = facts["chat_template"]
         if run.model_path.exists():  # a kill came between these weights and the end of the record
             shutil.rmtree(run.model_path)
         save_model(base.model, base.tokenizer, run.model_path, dtype=base.dtype)

@@ -93,7 +93,13 @@ def save_checkpoint(
         try:
             save_file(tensors, partial / TENSORS)
         except OSError as error:
-            raise _cannot_write(error, path, tensors) from error
+            needed = sum(value.numel() * value.element_size() for value in tensors.values())
+            free = shutil.disk_usage(path.parent).free
+            raise StorageError(
+                f"the checkpoint cannot be written: {error}; {needed:,} bytes needed, {free:,} free",
+                where=str(path),
+                fix="free some space and go on with --resume; the earlier checkpoints stand",
+            ) from error
         state = {
             "format": FORMAT,
             "position": dataclasses.asdict(position),
@@ -103,16 +109,6 @@ def save_checkpoint(
         files.write_json(partial / STATE, state)
     _rotate(run, keep, position.best.step)
     return path
-
-
-def _cannot_write(error: OSError, path: Path, tensors: Mapping[str, Tensor]) -> StorageError:
-    needed = sum(value.numel() * value.element_size() for value in tensors.values())
-    free = shutil.disk_usage(path.parent).free
-    return StorageError(
-        f"the checkpoint cannot be written: {error}; {needed:,} bytes needed, {free:,} free",
-        where=str(path),
-        fix="free some space and go on with --resume; the earlier checkpoints stand",
-    )
 
 
 def _rotate(run: RunDirectory, keep: int, best_step: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NoReturn
 
 from graft.adapters.lora import LoraConfig
 from graft.data.config import DataConfig
@@ -22,7 +22,8 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """What the base computes in; null takes float32 for float32 checkpoints, else bfloat16. What trains is kept in float32."""
+    """What the base computes in; null takes float32 for float32 checkpoints, else bfloat16. What is
+    trained is kept in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,18 +108,18 @@ class TrainingConfig:
         for name, lowest in (at_least | optional).items():
             value = getattr(self, name)
             if value is not None and not value >= lowest:
-                raise _out_of_range(name, value, f"at least {lowest}")
+                _refuse(name, value, f"at least {lowest}")
         for name in ("num_epochs", "adam_epsilon", "learning_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise _out_of_range(name, value, "above 0")
+                _refuse(name, value, "above 0")
         for name in ("adam_beta1", "adam_beta2", "warmup_ratio", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
-                raise _out_of_range(name, getattr(self, name), "from 0 to 1")
+                _refuse(name, getattr(self, name), "from 0 to 1")
 
 
-def _out_of_range(name: str, value: object, wanted: str) -> ConfigError:
-    return ConfigError(f"training.{name} = {value!r}", where=f"training.{name}", fix=f"it must be {wanted}")
+def _refuse(name: str, value: object, wanted: str) -> NoReturn:
+    raise ConfigError(f"training.{name} = {value!r}", where=f"training.{name}", fix=f"it must be {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)

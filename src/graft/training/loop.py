@@ -138,7 +138,7 @@ class Training:
         position.num_labelled_tokens += sum(batch.num_labelled_tokens for batch in batches)
         position.num_skipped += not applied
         position.num_skipped_in_row = 0 if applied else position.num_skipped_in_row + 1
-        record = {
+        record: dict[str, Any] = {
             "step": position.step,
             "loss": loss if math.isfinite(loss) else None,
             "grad_norm": norm if applied else None,
@@ -243,7 +243,7 @@ class Training:
             report = evaluate_loss(self.job.model, self._until_stopped(loader.epoch(0)))
         best = position.best.update(report.loss, position.step, config.early_stopping_min_delta)
         position.last_eval_step = position.step
-        record = {
+        record: dict[str, Any] = {
             "step": position.step,
             "eval_loss": report.loss if math.isfinite(report.loss) else None,
             "best": best,

@@ -58,7 +58,7 @@ def test_lengths_are_rounded_to_few_sizes() -> None:
     sizes = {rounded_length(length) for length in range(1, 4097)}
     assert len(sizes) <= 8 * 12
     for length in range(1, 4097):
-        assert length <= rounded_length(length) <= max(8, length * 9 / 8)
+        assert length <= rounded_length(length) <= length + max(7, length / 8)
 
 
 def test_the_width_of_a_batch_stays_within_max_length() -> None:

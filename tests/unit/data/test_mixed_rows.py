@@ -23,8 +23,7 @@ def test_each_row_is_read_by_its_own_columns() -> None:
 def test_rows_are_not_mixed_unless_asked() -> None:
     detected = detect(ROWS)
     with pytest.raises(DataError, match="column"):
-        for row in ROWS:
-            to_example(row, detected)
+        [to_example(row, detected) for row in ROWS]
 
 
 def test_a_row_of_no_known_kind_is_still_refused() -> None:

@@ -24,7 +24,7 @@ from graft.errors import CheckpointError, ConfigError, DataError, StopRequested,
 from graft.evaluate.loss import token_losses
 from graft.models.load import load
 from graft.runs import RunDirectory, read_lines
-from graft.training.build import resume_run, run_from_config, train
+from graft.training.build import resume, run_from_config, train
 from graft.training.config import RunConfig, TrainingConfig
 from graft.training.loop import Job, Training, num_steps, warmup_steps
 from graft.training.monitors import Silent
@@ -63,7 +63,9 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def gradients(model: Any, config: TrainingConfig, loader: Loader, run: RunDirectory) -> dict[str, torch.Tensor]:
+def gradients(
+    model: Any, config: TrainingConfig, loader: Loader, run: RunDirectory
+) -> dict[str, torch.Tensor]:
     """Gradients of the first step, as the loop makes them."""
     parameters = adapter_tensors(model)
     training = Training(Job(model, parameters, loader, None, config, 1e-3, run, Silent()))
@@ -115,7 +117,9 @@ def test_packed_loss_and_gradient_equal_unpacked(tiny_dir: Callable[..., Path], 
             assert relative_error(grads[name], gradient) < CLOSE, name
 
 
-def test_gradient_checkpointing_changes_nothing(tiny_dir: Callable[..., Path], rows: Path, tmp_path: Path) -> None:
+def test_gradient_checkpointing_changes_nothing(
+    tiny_dir: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
     weights = []
     for name, value in (("plain", "false"), ("recomputed", "true")):
         out = tmp_path / name
@@ -154,7 +158,9 @@ def test_full_fine_tuning_writes_a_model(tiny_dir: Callable[..., Path], rows: Pa
     assert after.fingerprint.weights != before.fingerprint.weights
     changed = [
         name
-        for (name, a), (_, b) in zip(before.model.named_parameters(), after.model.named_parameters(), strict=True)
+        for (name, a), (_, b) in zip(
+            before.model.named_parameters(), after.model.named_parameters(), strict=True
+        )
         if not torch.equal(a, b)
     ]
     # Rows of the embedding that no text uses stay; every tensor as a whole moved.
@@ -169,11 +175,15 @@ def test_qlora_leaves_the_codes_alone(tiny_dir: Callable[..., Path], rows: Path,
     after = {name.replace(".base_layer", ""): value for name, value in base.model.state_dict().items()}
     for name, value in before.items():
         assert torch.equal(after[name], value), name
-    moved = [float(p.detach().abs().max()) for name, p in adapter_tensors(base.model).items() if "lora_B" in name]
+    moved = [
+        float(p.detach().abs().max()) for name, p in adapter_tensors(base.model).items() if "lora_B" in name
+    ]
     assert min(moved) > 0
 
 
-def test_bfloat16_base_keeps_the_adapter_in_float32(tiny_dir: Callable[..., Path], rows: Path, tmp_path: Path) -> None:
+def test_bfloat16_base_keeps_the_adapter_in_float32(
+    tiny_dir: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
     made = config(tiny_dir("llama"), rows, tmp_path / "run", "model.dtype=bfloat16", "training.max_steps=3")
     run = run_from_config(made)
     assert run.adapter is not None
@@ -209,7 +219,7 @@ def test_stop_and_resume_equal_an_uninterrupted_run(
         assert "--resume" in caught.value.fix
         assert caught.value.exit_code == 3
         monkeypatch.setattr(Training, "_step", step)
-        resumed = resume_run(out)
+        resumed = resume(out)
         for file in ("metrics.jsonl", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
             assert (out / file).read_bytes() == (straight.directory / file).read_bytes(), (stop_at, file)
         assert resumed.metrics["steps"] == straight.metrics["steps"]
@@ -233,7 +243,7 @@ def test_damaged_newest_checkpoint_falls_back(
         def say(self, text: str) -> None:
             told.append(text)
 
-    resume_run(run.directory, Listener())
+    resume(run.directory, Listener())
     assert any("passed over step-000006" in line for line in told)
     assert any("passed over step-000004" in line for line in told)
     assert any("goes on after step 2" in line for line in told)
@@ -245,13 +255,16 @@ def test_changed_data_is_refused_on_resume(tiny_dir: Callable[..., Path], rows: 
     run = run_from_config(config(tiny_dir("llama"), rows, tmp_path / "run", "training.max_steps=2"))
     rows.write_text(rows.read_text().replace('"8"', '"9"'))
     with pytest.raises(CheckpointError, match="training data was"):
-        resume_run(run.directory)
+        resume(run.directory)
 
 
 def test_second_process_is_refused(tiny_dir: Callable[..., Path], rows: Path, tmp_path: Path) -> None:
     run = run_from_config(config(tiny_dir("llama"), rows, tmp_path / "run", "training.max_steps=1"))
-    with RunDirectory(run.directory).lock(), pytest.raises(CheckpointError, match="is being written by process"):
-        resume_run(run.directory)
+    with (
+        RunDirectory(run.directory).lock(),
+        pytest.raises(CheckpointError, match="is being written by process"),
+    ):
+        resume(run.directory)
 
 
 def test_existing_run_is_not_overwritten(tiny_dir: Callable[..., Path], rows: Path, tmp_path: Path) -> None:
@@ -343,7 +356,9 @@ def test_early_stopping_keeps_the_best(
     assert kept == ["step-000004", "step-000010"]
 
 
-def test_nothing_to_learn_is_told_before_the_model_loads(tmp_path: Path, tiny_dir: Callable[..., Path]) -> None:
+def test_nothing_to_learn_is_told_before_the_model_loads(
+    tmp_path: Path, tiny_dir: Callable[..., Path]
+) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "x" * 100, "completion": "y"}) + "\n")
     broken = tmp_path / "model"
