@@ -1,1 +1,1 @@
-"""Room: train."""
+"""The one training loop and what it needs: settings, optimizer, schedule, checkpoints, stopping, monitors."""
