@@ -1,4 +1,4 @@
-"""The project itself: imports, public names, help texts, README, configuration files, words that must not appear."""
+"""The project itself: imports, public names, help texts, README, configuration files, forbidden words."""
 
 from __future__ import annotations
 

@@ -3,58 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 import platform
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import torch
-from torch import nn
 
 from graft import __version__
 from graft.adapters.attach import attach
-from graft.adapters.attached import Adapter, adapter_tensors, adapters_of
-from graft.adapters.peft_format import save_adapter
+from graft.adapters.attached import adapters_of
 from graft.config import from_dict, to_dict
 from graft.data.config import DataConfig
-from graft.data.loader import Loader
 from graft.data.prepare import Dataset, prepare_splits
-from graft.data.templates import read_template
 from graft.errors import CheckpointError, ConfigError, TrainingError
 from graft.models.load import BaseModel, load, load_tokenizer
-from graft.models.save import save_model
 from graft.runs import RunDirectory
-from graft.training.checkpoint import Checkpoint, Position, copy_into, load_checkpoint, newest_checkpoint
-from graft.training.config import RunConfig, TrainingConfig
+from graft.training.checkpoint import Checkpoint, newest_checkpoint
+from graft.training.choices import learning_rate, make_loader, precision, trained_tensors
+from graft.training.config import RunConfig
 from graft.training.loop import Job, Training, num_steps
-from graft.training.monitors import Monitor, Silent, peak_memory_bytes
-from graft.training.report import write_run_report
+from graft.training.monitors import Monitor, Silent
+from graft.training.results import Run, use_best, write_results
 from graft.training.stopping import StopSignal, stop_before_training
 
-DEFAULT_RATES = {"adapter": 2e-4, "full": 2e-5}
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run.
-
-    Attributes:
-        directory: The run directory.
-        adapter: The adapter directory; None after full fine-tuning.
-        model: The model directory; None after training an adapter.
-        metrics: Final figures by name.
-    """
-
-    directory: Path
-    adapter: Path | None
-    model: Path | None
-    metrics: dict[str, Any]
+__all__ = ["Run", "resume", "run_from_config", "train"]
 
 
 def run_from_config(config: RunConfig, monitor: Monitor | None = None) -> Run:
@@ -291,15 +265,15 @@ def _train(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base.model.to(device)
     adapter = next(reversed(adapters_of(base.model).values()), None)
-    autocast, reasons = _precision(base, config, adapter)
-    rate, reason = _learning_rate(config.training, adapter)
+    autocast, reasons = precision(base, config, adapter)
+    rate, reason = learning_rate(config.training, adapter)
     reasons["learning_rate"] = reason
-    parameters = _trained(base.model, adapter)
+    parameters = trained_tensors(base.model, adapter)
     job = Job(
         model=base.model,
         parameters=parameters,
-        loader=_loader(train_data, config, base, train=True),
-        eval_loader=None if eval_data is None else _loader(eval_data, config, base, train=False),
+        loader=make_loader(train_data, config, base, train=True),
+        eval_loader=None if eval_data is None else make_loader(eval_data, config, base, train=False),
         config=config.training,
         learning_rate=rate,
         run=run,
@@ -320,128 +294,6 @@ def _train(
         base.model.activation_checkpointing_enable({"use_reentrant": False})
     with job.stop.listen():
         position = Training(job, checkpoint).run()
-    monitor.say(_use_best(job, position, config.training))
+    monitor.say(use_best(job, position, config.training))
     base.model.eval()
-    return _write_results(base, config, run, record, adapter, position, steps, count)
-
-
-def _trained(model: nn.Module, adapter: Adapter | None) -> dict[str, nn.Parameter]:
-    """What is trained, by name, in a fixed order; all of it in float32."""
-    if adapter is not None:
-        found = adapter_tensors(model, adapter.name)
-        return {name: found[name] for name in sorted(found)}
-    model.float()
-    model.requires_grad_(True)
-    return dict(model.named_parameters())
-
-
-def _precision(
-    base: BaseModel, config: RunConfig, adapter: Adapter | None
-) -> tuple[torch.dtype | None, dict[str, str]]:
-    """Tensors that train are float32; the rest computes in the base's dtype.
-
-    Raises:
-        ConfigError: float16, whose small range loses gradients.
-    """
-    asked = config.model.dtype
-    if "float16" in (asked, str(base.dtype).removeprefix("torch.")):
-        raise ConfigError(
-            "training in float16 overflows without loss scaling, which graft does not do",
-            where="model.dtype",
-            fix="bfloat16 or float32",
-        )
-    if adapter is not None:
-        return None, {"precision": f"adapter in float32, base and activations in {base.dtype}"}
-    compute = getattr(torch, asked) if asked else base.dtype
-    if compute == torch.float32:
-        return None, {"precision": "weights and activations in float32"}
-    return compute, {"precision": f"weights in float32, matrix products in {compute}"}
-
-
-def _learning_rate(config: TrainingConfig, adapter: Adapter | None) -> tuple[float, str]:
-    if config.learning_rate is not None:
-        return config.learning_rate, f"{config.learning_rate:g}, as asked"
-    rate = DEFAULT_RATES["full" if adapter is None else "adapter"]
-    return rate, f"{rate:g}: " + (
-        "full fine-tuning wants about a tenth of an adapter's" if adapter is None else "usual for adapters"
-    )
-
-
-def _loader(data: Dataset, config: RunConfig, base: BaseModel, *, train: bool) -> Loader:
-    tokenizer = base.tokenizer
-    pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    return Loader(
-        data.samples,
-        batch_size=config.training.batch_size,
-        max_length=config.data.max_length,
-        packing=config.data.packing,
-        seed=config.training.seed,
-        shuffle=train and config.data.shuffle,
-        pad_id=pad_id,
-    )
-
-
-def _use_best(job: Job, position: Position, config: TrainingConfig) -> str:
-    wanted = config.load_best_at_end
-    if wanted is None:
-        wanted = config.early_stopping_patience is not None
-    best = position.best
-    if not wanted or best.loss is None or best.step == position.step:
-        return f"result: the weights after step {position.step}"
-    checkpoint = load_checkpoint(job.run.checkpoint_path(best.step))
-    copy_into(job.parameters, checkpoint.trained, str(checkpoint.path))
-    return f"result: the weights after step {best.step}, with the lowest evaluation loss ({best.loss:.4f})"
-
-
-def _write_results(
-    base: BaseModel,
-    config: RunConfig,
-    run: RunDirectory,
-    record: dict[str, Any],
-    adapter: Adapter | None,
-    position: Position,
-    steps: int,
-    num_trained: int,
-) -> Run:
-    facts = {
-        "run": run_id(record),
-        "data": record["identity"]["training data"],
-        "format": record["format"],
-        "chat_template": read_template(config.data.chat_template) if config.data.chat_template else None,
-        "steps": position.step,
-    }
-    if adapter is not None:
-        save_adapter(base.model, run.adapter_path, adapter.name, facts=facts)
-    else:
-        if facts["chat_template"]:
-            base.tokenizer.chat_template = facts["chat_template"]
-        if run.model_path.exists():  # a kill came between these weights and the end of the record
-            shutil.rmtree(run.model_path)
-        save_model(base.model, base.tokenizer, run.model_path, dtype=base.dtype)
-    results = {
-        "steps": position.step,
-        "planned_steps": steps,
-        "stopped_early": position.stopped_early,
-        "skipped_steps": position.num_skipped,
-        "num_tokens": position.num_tokens,
-        "best_eval_loss": position.best.loss,
-        "best_eval_step": position.best.step if position.best.loss is not None else None,
-        "num_trained": num_trained,
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-    record = {**record, "status": "finished", "results": results}
-    run.write_record(record)
-    write_run_report(run, record)
-    return Run(
-        directory=run.path,
-        adapter=run.adapter_path if adapter is not None else None,
-        model=run.model_path if adapter is None else None,
-        metrics=results,
-    )
-
-
-def run_id(record: Mapping[str, Any]) -> str:
-    """A name for a run that is the same wherever it is done: a digest of its config, base and data."""
-    config = {name: value for name, value in record["config"].items() if name != "output"}
-    text = json.dumps([config, record["identity"]], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return write_results(base, config, run, record, adapter, position, steps, count)

@@ -1,0 +1,74 @@
+"""What a run derives from its configuration: tensors that train, precision, learning rate, batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from graft.adapters.attached import Adapter, adapter_tensors
+from graft.data.loader import Loader
+from graft.data.prepare import Dataset
+from graft.errors import ConfigError
+from graft.models.load import BaseModel
+from graft.training.config import RunConfig, TrainingConfig
+
+DEFAULT_RATES = {"adapter": 2e-4, "full": 2e-5}
+"""Full fine-tuning wants about a tenth of an adapter's learning rate (LoRA Without Regret, 2025)."""
+
+
+def trained_tensors(model: nn.Module, adapter: Adapter | None) -> dict[str, nn.Parameter]:
+    """What is trained, by name, in a fixed order; all of it in float32."""
+    if adapter is not None:
+        found = adapter_tensors(model, adapter.name)
+        return {name: found[name] for name in sorted(found)}
+    model.float()
+    model.requires_grad_(True)
+    return dict(model.named_parameters())
+
+
+def precision(
+    base: BaseModel, config: RunConfig, adapter: Adapter | None
+) -> tuple[torch.dtype | None, dict[str, str]]:
+    """Tensors that train are float32; the rest computes in the base's dtype.
+
+    Raises:
+        ConfigError: float16, whose small range loses gradients.
+    """
+    asked = config.model.dtype
+    if "float16" in (asked, str(base.dtype).removeprefix("torch.")):
+        raise ConfigError(
+            "training in float16 overflows without loss scaling, which graft does not do",
+            where="model.dtype",
+            fix="bfloat16 or float32",
+        )
+    if adapter is not None:
+        return None, {"precision": f"adapter in float32, base and activations in {base.dtype}"}
+    compute = getattr(torch, asked) if asked else base.dtype
+    if compute == torch.float32:
+        return None, {"precision": "weights and activations in float32"}
+    return compute, {"precision": f"weights in float32, matrix products in {compute}"}
+
+
+def learning_rate(config: TrainingConfig, adapter: Adapter | None) -> tuple[float, str]:
+    """The peak learning rate, and why it is this one."""
+    if config.learning_rate is not None:
+        return config.learning_rate, f"{config.learning_rate:g}, as asked"
+    rate = DEFAULT_RATES["full" if adapter is None else "adapter"]
+    return rate, f"{rate:g}: " + (
+        "full fine-tuning wants about a tenth of an adapter's" if adapter is None else "usual for adapters"
+    )
+
+
+def make_loader(data: Dataset, config: RunConfig, base: BaseModel, *, train: bool) -> Loader:
+    """Batches of the training data, or of the evaluation data, which keep their order."""
+    tokenizer = base.tokenizer
+    pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    return Loader(
+        data.samples,
+        batch_size=config.training.batch_size,
+        max_length=config.data.max_length,
+        packing=config.data.packing,
+        seed=config.training.seed,
+        shuffle=train and config.data.shuffle,
+        pad_id=pad_id,
+    )
