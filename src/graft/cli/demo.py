@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any
 
 import typer
@@ -82,7 +83,10 @@ def _demo(task: Path, out: Path, seed: int) -> dict[str, Any]:
     answer.note("\n" + _table(results, base_accuracy) + "\n")
     samples = list(zip(prompts, wanted, before, *(result.answers for result in results), strict=True))[:SHOWN]
     for prompt, reference, base_says, *_, qlora_says in samples:
-        answer.note(f"asked:   {prompt}\nbefore:  {base_says}\nafter:   {qlora_says}\nwanted:  {reference}\n")
+        before_text = shorten(base_says, 100, placeholder=" ...")
+        answer.note(
+            f"asked:   {prompt}\nbefore:  {before_text}\nafter:   {qlora_says}\nwanted:  {reference}\n"
+        )
     _write_page(out, results, base_accuracy, samples, merged)
     return {
         "metrics": {result.method: _figures(result) for result in results}
@@ -145,9 +149,10 @@ def _answers_of(task: Path, method: str | None, run: Path | None) -> tuple[list[
         generation=GenerationConfig(max_new_tokens=48),
         batch_size=50,
     )
+    with open(task / "eval.jsonl", encoding="utf-8") as file:
+        asked = [json.loads(line)["messages"][0]["content"] for line in file]
     rows = result.predictions
-    wanted = [row.reference or "" for row in rows]
-    return [row.prompt or "" for row in rows], wanted, [row.prediction or "" for row in rows]
+    return asked, [row.reference or "" for row in rows], [row.prediction or "" for row in rows]
 
 
 def _accuracy(answers: list[str], wanted: list[str]) -> float:
