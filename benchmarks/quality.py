@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import math
 import os
 import platform
 import statistics
@@ -190,13 +189,14 @@ def make_run(
         plain = method if method in METHODS else "lora"
         config = run_config(task, plain, seed, f"{directory}/run", changes)
         trainer = {"base": base_model, "random": train_from_random}.get(method, TRAINERS[by])
-        started = time.perf_counter()
+        started, cpu_before = time.perf_counter(), time.process_time()
         trained = trainer(config)
-        done = time.perf_counter()
+        done, cpu_after = time.perf_counter(), time.process_time()
         figures = MEASURES[task](trained.model, trained.tokenizer, config, split)
         return {
             **figures,
             "train_seconds": round(done - started, 1),
+            "train_cpu_seconds": round(cpu_after - cpu_before, 1),
             "measure_seconds": round(time.perf_counter() - done, 1),
             "num_trained": trained.num_trained,
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
@@ -251,33 +251,39 @@ def cpu_name() -> str:
 # The tables.
 
 
+HEAD = "| method | graft | PEFT, same batches | PEFT elsewhere, one seed | trained | CPU s, graft / PEFT |"
+
+
 def table(results: dict[str, Any]) -> str:
     """Markdown: a table for each task, a row for each method, mean and deviation over the seeds."""
     host = results["machine"]
     lines = [f"Machine: {host['cpu']}, {host['num_cores']} cores, torch {host['torch']}."]
     for task, units in UNITS.items():
         lines += ["", f"### {task}: {', '.join(units)}", ""]
-        lines += ["| method | graft | PEFT, same batches | PEFT elsewhere, one seed | trained | seconds |"]
+        lines += [
+            "| method | graft | PEFT, same batches | PEFT elsewhere, one seed | numbers trained | CPU s, graft / PEFT |"
+        ]
         lines += ["|---|---|---|---|---|---|"]
         for method in ("base", "random", *METHODS):
             ours, peers = (found_runs(results, task, method, by) for by in ("graft", "peft"))
             if ours or peers:
                 told = " / ".join(f"{value:g}" for value in REFERENCE[task].get(method, []))
-                seconds = statistics.mean(run["train_seconds"] for run in ours) if ours else math.nan
+                seconds = " / ".join(cpu_seconds(runs) for runs in (ours, peers) if runs)
                 trained = f"{ours[0]['num_trained']:,}" if ours and method != "base" else ""
-                cells = [
-                    method,
-                    spread(ours, units),
-                    spread(peers, units),
-                    " / ".join(f"{v:g}" for v in told),
-                ]
-                lines += [f"| {' | '.join([*cells, trained, f'{seconds:.0f}'])} |"]
+                cells = [method, spread(ours, units), spread(peers, units), told]
+                lines += [f"| {' | '.join([*cells, trained, seconds])} |"]
     return "\n".join(lines) + "\n"
 
 
 def found_runs(results: dict[str, Any], task: str, method: str, by: str) -> list[dict[str, Any]]:
     split = {key: key.split("/") for key in results["runs"]}
     return [results["runs"][key] for key, (t, m, _, b) in split.items() if (t, m, b) == (task, method, by)]
+
+
+def cpu_seconds(runs: list[dict[str, Any]]) -> str:
+    """Of training; wall time would tell how busy the machine was."""
+    known = [run["train_cpu_seconds"] for run in runs if "train_cpu_seconds" in run]
+    return f"{statistics.mean(known):.0f}" if known else "-"
 
 
 def spread(runs: list[dict[str, Any]], units: list[str]) -> str:

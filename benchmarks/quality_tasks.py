@@ -53,11 +53,12 @@ def measure_e2e(model: Any, tokenizer: Any, config: RunConfig, split: str) -> di
 
 
 def corpus_bleu(texts: list[str], references: list[list[str]]) -> float:
+    """sacrebleu's, as text that is already cut into words is commonly given to it (hence the force)."""
     import sacrebleu
 
     most = max(map(len, references))
     columns = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
-    return float(sacrebleu.corpus_bleu(texts, columns).score)
+    return float(sacrebleu.corpus_bleu(texts, columns, force=True).score)
 
 
 NOT_FRIENDLY = re.compile(r"\b(no|not|non|n't|isn't|adult|adults)\b")
