@@ -139,7 +139,7 @@ CASES: dict[str, tuple[Callable[[Scene], object], str, str, str]] = {
     "adapter without file": (
         lambda s: load_adapter(load(s.model).model, s.directory),
         "",
-        str(Path("adapter_config.json").name),
+        "adapter_config.json",
         "",
     ),
     "adapter option": (
@@ -155,7 +155,7 @@ CASES: dict[str, tuple[Callable[[Scene], object], str, str, str]] = {
         "",
     ),
     "merge twice": (lambda s: _merge_twice(s), "", "merged", ""),
-    "resume nothing": (lambda s: resume(s.directory), "not a run", str("test_every"), "run.json"),
+    "resume nothing": (lambda s: resume(s.directory), "not a run", "test_every", "run.json"),
     "existing run": (lambda s: _existing_run(s), "", "run", "--resume"),
     "generation": (lambda s: GenerationConfig(temperature=-1.0), "-1.0", "temperature", ""),
     "json": (lambda s: files.read_json(s.write("x.json", "{")), "line 1", "x.json", "restore"),

@@ -54,6 +54,9 @@ class Result:
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to make.")] = Path("demo"),
     seed: Annotated[int, typer.Option("--seed", help="Seeds every run.")] = 0,
+    max_steps: Annotated[
+        int | None, typer.Option("--max-steps", help="Train less, for a quick look.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
     """Five minutes, offline, on a CPU: fine-tune three ways, compare, merge, and see before and after."""
@@ -62,18 +65,22 @@ def demo(
         raise StorageError("is not empty", where=str(out), fix=f"rm -r {out}, or --out another")
     task = resources.files("graft") / "builtin" / "tasks" / "demo"
     with resources.as_file(task) as directory:
-        report = _demo(directory, out, seed)
+        report = _demo(directory, out, ["training.seed=" + str(seed), *_steps(max_steps)])
     report["seconds"] = time.monotonic() - started
     answer.success(as_json, report, _closing(out, report))
 
 
-def _demo(task: Path, out: Path, seed: int) -> dict[str, Any]:
+def _steps(max_steps: int | None) -> list[str]:
+    return [] if max_steps is None else [f"training.max_steps={max_steps}"]
+
+
+def _demo(task: Path, out: Path, settings: list[str]) -> dict[str, Any]:
     answer.note(f"Task: {(task / 'README.md').read_text(encoding='utf-8').splitlines()[2]}\n")
     prompts, wanted, before = _answers_of(task, None, None)
     results = []
     for method in METHODS:
         answer.note(f"\n=== {method} ===")
-        result = _train(task, method, out / method, seed)
+        result = _train(task, method, out / method, settings)
         result.answers = _answers_of(task, method, result.run)[2]
         result.accuracy = _accuracy(result.answers, wanted)
         results.append(result)
@@ -96,10 +103,10 @@ def _demo(task: Path, out: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def _train(task: Path, method: str, run: Path, seed: int) -> Result:
+def _train(task: Path, method: str, run: Path, settings: list[str]) -> Result:
     """Train in a process of its own, as a user would, so that its peak memory is its own."""
-    settings = ["--method", method, "--out", str(run), "--set", f"training.seed={seed}", "--json"]
-    command = [sys.executable, "-m", "graft.cli.main", "train", str(task / f"{method}.yaml"), *settings]
+    command = [sys.executable, "-m", "graft.cli.main", "train", str(task / f"{method}.yaml"), "--json"]
+    command += ["--method", method, "--out", str(run), *(word for s in settings for word in ("--set", s))]
     command += ["--data", str(task / "train.jsonl"), "--eval-data", str(task / "eval.jsonl")]
     started = time.monotonic()
     process = subprocess.run(
