@@ -1,8 +1,8 @@
 """The demo's claim: on the built-in base, LoRA and QLoRA learn the demo task as full fine-tuning does.
 
-    OMP_NUM_THREADS=1 python benchmarks/demo_task.py            # three seeds; whatever is not in the results yet
+    OMP_NUM_THREADS=1 python benchmarks/demo_task.py     # three seeds; whatever the results do not have yet
 
-Each method runs with the demo's own settings. The control is LoRA on a randomly initialised copy of the base,
+Each method runs with the demo's own settings. The control is LoRA on a randomly initialised copy of the base
 with the same settings: what it reaches is owed to the task alone. Results: results/demo_task.json and .md.
 """
 
