@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graft.cli import answer
-from graft.config import Settings, build, closest, read_assignments, read_yaml
+from graft.config import Settings, build, did_you_mean, read_assignments, read_yaml
 from graft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -87,11 +87,8 @@ def _flags(
             settings.put(path, value, flag)
     if method is not None:
         if method not in METHODS:
-            near = closest(method, METHODS)
             raise ConfigError(
-                f"unknown method {method!r}",
-                where="--method",
-                fix=f"did you mean {near!r}?" if near else f"one of: {', '.join(METHODS)}",
+                f"unknown method {method!r}", where="--method", fix=did_you_mean(method, METHODS)
             )
         for path, setting in METHODS[method].items():
             settings.put(path, setting, "--method")

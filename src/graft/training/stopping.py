@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -48,17 +48,8 @@ class StopSignal:
     @contextmanager
     def listen(self) -> Iterator[None]:
         """Catch the first signal; a second one ends the process as usual."""
-        try:
-            old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:
-            # Only the main thread may set handlers; elsewhere whoever owns the thread stops it.
+        with _handled_by(self._note):
             yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
@@ -82,13 +73,20 @@ def stop_before_training() -> Iterator[None]:
             fix="start it again",
         )
 
+    with _handled_by(leave):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     try:
-        old = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+        old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:
+        # Only the main thread may set handlers; elsewhere whoever owns the thread stops it.
         yield
         return
     try:
         yield
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        for number, former in old.items():
+            signal.signal(number, former)
