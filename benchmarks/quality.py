@@ -260,9 +260,7 @@ def table(results: dict[str, Any]) -> str:
     lines = [f"Machine: {host['cpu']}, {host['num_cores']} cores, torch {host['torch']}."]
     for task, units in UNITS.items():
         lines += ["", f"### {task}: {', '.join(units)}", ""]
-        lines += [
-            "| method | graft | PEFT, same batches | PEFT elsewhere, one seed | numbers trained | CPU s, graft / PEFT |"
-        ]
+        lines += [HEAD]
         lines += ["|---|---|---|---|---|---|"]
         for method in ("base", "random", *METHODS):
             ours, peers = (found_runs(results, task, method, by) for by in ("graft", "peft"))
