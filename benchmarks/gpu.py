@@ -1,12 +1,12 @@
 """Everything that must hold and be fast on a GPU, checked against the CPU and timed, in one command.
 
-    python benchmarks/gpu.py                     # a CUDA device; a few minutes
+    python benchmarks/gpu.py                       # a CUDA device; a few minutes
     python benchmarks/gpu.py --device cpu --small  # the same checks where there is no GPU, without its figures
 
-Checks: codes and scales made on the device are the CPU's bytes; decoded weights are equal; the quantized linear's
-output and input gradient agree with the dense linear over the decoded weight; LoRA and QLoRA steps lower the loss.
-Times: encode, decode, the linear at several row counts beside a dense bfloat16 linear, and training steps.
-Prints a table and writes results/gpu.json with the device's name.
+Checks: codes and scales made on the device are the CPU's bytes; decoded weights are equal; the quantized
+linear's output and input gradient agree with the dense linear over the decoded weight; LoRA and QLoRA steps
+lower the loss. Times: encode, decode, the linear at several row counts beside a dense bfloat16 linear, and
+training steps. Prints a table and writes results/gpu.json with the device's name.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def check_training(device: torch.device, small: bool) -> dict[str, float]:
                 moved = {n: getattr(batch, n).to(device) for n in ("input_ids", "position_ids", "labels")}
                 loss, count = token_losses(model, type(batch)(**{**vars(batch), **moved}))
                 (loss / count).backward()
-                losses.append(float(loss) / count)
+                losses.append(float(loss.detach()) / count)
                 optimizer.step(1e-2, optimizer.gradient_norm())
 
             spent = seconds(step, device, repeats=10)
