@@ -1,7 +1,7 @@
 """Everything that must hold and be fast on a GPU, checked against the CPU and timed, in one command.
 
     python benchmarks/gpu.py                       # a CUDA device; a few minutes
-    python benchmarks/gpu.py --device cpu --small  # the same checks where there is no GPU, without its figures
+    python benchmarks/gpu.py --device cpu --small  # the same checks without a GPU, and without its figures
 
 Checks: codes and scales made on the device are the CPU's bytes; decoded weights are equal; the quantized
 linear's output and input gradient agree with the dense linear over the decoded weight; LoRA and QLoRA steps
