@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,6 +73,31 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise StorageError(
             f"cannot be read: {error.strerror}", where=str(path), fix="check the path"
         ) from error
+
+
+def write_tensors(
+    tensors: Mapping[str, Any], path: str | os.PathLike[str], metadata: dict[str, str] | None = None
+) -> None:
+    """Write torch tensors as a safetensors file, inside a directory that is not published yet.
+
+    Args:
+        tensors: Contiguous tensors by name.
+        path: Where; not atomic by itself, see `new_directory`.
+        metadata: Texts for the header.
+
+    Raises:
+        StorageError: The disk refused.
+    """
+    # Imported on use: it brings torch.
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        # safetensors tells of a full disk with an error of its own that is no OSError.
+        size = sum(value.numel() * value.element_size() for value in tensors.values())
+        _refuse(error, Path(path), size)
 
 
 @contextlib.contextmanager
@@ -182,7 +207,7 @@ def safe_join(root: str | os.PathLike[str], name: str) -> Path:
     return path
 
 
-def _refuse(error: OSError, path: Path, size: int | None) -> NoReturn:
+def _refuse(error: Exception, path: Path, size: int | None) -> NoReturn:
     if isinstance(error, StorageError):  # told already, by a function of this file
         raise error
     needed = "" if size is None else f"; {size:,} bytes were needed"
@@ -191,7 +216,7 @@ def _refuse(error: OSError, path: Path, size: int | None) -> NoReturn:
     except OSError:
         free = ""
     raise StorageError(
-        f"cannot be written: {error.strerror or error}{needed}{free}",
+        f"cannot be written: {getattr(error, 'strerror', None) or error}{needed}{free}",
         where=str(path),
         fix="free some space, or choose a place that you may write to; nothing that was there is lost",
     ) from error

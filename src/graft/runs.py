@@ -11,6 +11,7 @@ runs/first/
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -106,7 +107,7 @@ class RunDirectory:
         Raises:
             CheckpointError: Another process holds it.
         """
-        with open(self.path / "lock", "a+") as file:
+        with _opened(self.path / "lock", "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -115,9 +116,9 @@ class RunDirectory:
                 raise CheckpointError(
                     f"is being written by {holder}", where=str(self.path), fix="wait for it, or stop it"
                 ) from error
-            file.truncate(0)
-            file.write(f"process {os.getpid()}")
-            file.flush()
+            with contextlib.suppress(OSError):  # the name is for people; a full disk may still be freed
+                os.ftruncate(file.fileno(), 0)
+                os.write(file.fileno(), f"process {os.getpid()}".encode())
             yield
 
     def read_record(self) -> dict[str, Any]:
@@ -150,7 +151,9 @@ class LineLog:
     """
 
     def __init__(self, path: Path, keep_bytes: int | None = None) -> None:
-        self._file = open(path, "ab")  # noqa: SIM115 - held open for the length of the run
+        # Unbuffered: what a full disk refused is not tried again on closing.
+        self._file = _opened(path, "ab", buffering=0)
+        self._path = path
         if keep_bytes is not None:
             if self._file.tell() < keep_bytes:
                 raise CheckpointError(
@@ -162,9 +165,22 @@ class LineLog:
             self._file.seek(keep_bytes)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line; NaN and infinity are refused, write null instead."""
-        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        """Append one line; NaN and infinity are refused, write null instead.
+
+        Raises:
+            StorageError: The disk refused; a part of the line may be there.
+        """
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        try:
+            written = self._file.write(line)
+            while written < len(line):
+                written += self._file.write(line[written:])
+        except OSError as error:
+            raise StorageError(
+                f"the log cannot be written: {error.strerror}",
+                where=str(self._path),
+                fix=f"free some space, then `graft train --resume {self._path.parent}`",
+            ) from error
 
     def sync(self) -> int:
         """Flush to the disk; returns the length in bytes."""
@@ -174,6 +190,17 @@ class LineLog:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _opened(path: Path, mode: str, buffering: int = -1) -> Any:
+    try:
+        return open(path, mode, buffering)  # closed by whoever asked
+    except OSError as error:
+        raise StorageError(
+            f"cannot be opened for writing: {error.strerror}",
+            where=str(path),
+            fix="a run writes into its directory: make it writable, or copy the run elsewhere",
+        ) from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

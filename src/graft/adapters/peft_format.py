@@ -36,7 +36,7 @@ from graft.adapters.side_file import (
 )
 from graft.adapters.targets import Selection, select_targets
 from graft.errors import AdapterError, ConfigError, TargetError
-from graft.files import new_directory, write_json
+from graft.files import new_directory, write_json, write_tensors
 from graft.models.shards import StoredTensor
 
 CONFIG = "adapter_config.json"
@@ -66,8 +66,6 @@ def save_adapter(
         AdapterError: No such adapter, or one of its tensors is not finite.
         StorageError: The place cannot be written; what was there is untouched.
     """
-    from safetensors.torch import save_file
-
     known = adapter(model, name)
     tensors = {
         PREFIX + key: tensor.detach().float().cpu().contiguous()
@@ -84,7 +82,7 @@ def save_adapter(
         dict(known.facts if facts is None else facts),
     )
     with new_directory(directory, replace=True) as partial:
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / WEIGHTS).chmod(0o644)
         write_json(partial / CONFIG, settings)
         write_json(partial / FILE, side.to_dict())

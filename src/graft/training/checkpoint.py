@@ -81,8 +81,6 @@ def save_checkpoint(
     Raises:
         StorageError: It could not be written; the earlier checkpoints stand.
     """
-    from safetensors.torch import save_file
-
     path = run.checkpoint_path(position.step)
     tensors = {f"trained|{name}": value.detach().contiguous() for name, value in trained.items()}
     tensors |= {f"optimizer|{name}": value.contiguous() for name, value in optimizer_state.items()}
@@ -91,14 +89,12 @@ def save_checkpoint(
         tensors["random|cuda"] = torch.cuda.get_rng_state()
     with files.new_directory(path, replace=True) as partial:
         try:
-            save_file(tensors, partial / TENSORS)
-        except OSError as error:
-            needed = sum(value.numel() * value.element_size() for value in tensors.values())
-            free = shutil.disk_usage(path.parent).free
+            files.write_tensors(tensors, partial / TENSORS)
+        except StorageError as error:
             raise StorageError(
-                f"the checkpoint cannot be written: {error}; {needed:,} bytes needed, {free:,} free",
+                f"the checkpoint {error.what}",
                 where=str(path),
-                fix="free some space and go on with --resume; the earlier checkpoints stand",
+                fix=f"free some space, then `graft train --resume {run.path}`; the earlier checkpoints stand",
             ) from error
         state = {
             "format": FORMAT,

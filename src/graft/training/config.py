@@ -107,15 +107,20 @@ class TrainingConfig:
         }
         for name, lowest in (at_least | optional).items():
             value = getattr(self, name)
-            if value is not None and not value >= lowest:
-                _refuse(name, value, f"at least {lowest}")
+            if value is not None and not lowest <= value < float("inf"):
+                _refuse(name, value, f"at least {lowest}, and finite")
+        if self.seed >= 2**63:
+            _refuse("seed", self.seed, "below 2**63")
         for name in ("num_epochs", "adam_epsilon", "learning_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 _refuse(name, value, "above 0")
-        for name in ("adam_beta1", "adam_beta2", "warmup_ratio", "min_lr_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                _refuse(name, getattr(self, name), "from 0 to 1")
+        for name in ("warmup_ratio", "min_lr_ratio", "adam_beta1", "adam_beta2"):
+            top = 1.0 if name.endswith("ratio") else 1.0 - 1e-12  # a moment that forgets nothing has no end
+            if not 0 <= getattr(self, name) <= top:
+                _refuse(name, getattr(self, name), f"from 0 to {'1' if top == 1 else 'below 1'}")
+        if self.min_lr_ratio and self.lr_scheduler == "constant":
+            _refuse("min_lr_ratio", self.min_lr_ratio, "left out with the constant lr_scheduler")
 
 
 def _refuse(name: str, value: object, wanted: str) -> NoReturn:
@@ -151,15 +156,11 @@ class RunConfig:
                 where="quantization",
                 fix="add an adapter section (--method qlora), or remove quantization",
             )
-        if self.training.early_stopping_patience and not (self.data.eval or self.data.eval_fraction):
-            raise ConfigError(
-                "training.early_stopping_patience needs an evaluation loss",
-                where="training.early_stopping_patience",
-                fix="give data.eval or data.eval_fraction",
-            )
-        if self.training.load_best_at_end and not (self.data.eval or self.data.eval_fraction):
-            raise ConfigError(
-                "training.load_best_at_end needs an evaluation loss",
-                where="training.load_best_at_end",
-                fix="give data.eval or data.eval_fraction",
-            )
+        needy = ("early_stopping_patience", "early_stopping_min_delta", "load_best_at_end", "eval_steps")
+        for name in needy:
+            if getattr(self.training, name) and not (self.data.eval or self.data.eval_fraction):
+                raise ConfigError(
+                    f"training.{name} needs an evaluation loss",
+                    where=f"training.{name}",
+                    fix="give data.eval or data.eval_fraction, or leave it out",
+                )
