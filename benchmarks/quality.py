@@ -42,7 +42,7 @@ from graft.training.schedule import learning_rate_at
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results" / "quality.json"
 
-EMBEDDINGS_AND_NORMS = ["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"]
+EMBEDDINGS_AND_NORMS = ["embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm"]
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"adapter": None, "training.learning_rate": 3e-3},
     "lora": {},
@@ -77,7 +77,8 @@ def run_config(task: str, method: str, seed: int, output: str, changes: dict[str
         **METHODS[method],
         "output": output,
         "training.seed": seed,
-        "training.eval_steps": 1_000_000,
+        "data.eval": None,
+        "training.eval_steps": None,
         "training.save_steps": 1_000_000,
         **changes,
     }.items():

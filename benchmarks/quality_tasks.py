@@ -22,7 +22,9 @@ def data_file(task: str, split: str) -> Path:
 
 
 def measure_grimm(model: Any, tokenizer: Any, config: RunConfig, split: str) -> dict[str, float]:
-    found = evaluate_file(model, tokenizer, str(config.data.eval), ["bits_per_character"], data=config.data)
+    found = evaluate_file(
+        model, tokenizer, str(data_file("grimm", "eval")), ["bits_per_character"], data=config.data
+    )
     return found.metrics
 
 
