@@ -211,6 +211,8 @@ def test_messages_without_a_template_are_refused_with_the_fix(tmp_path: Path, to
         ("commas.json", b'[{"text": "a"} {"text": "b"}]', "comma"),
         ("number.json", b"5", "list of rows"),
         ("two.json", b'{"a": [{"text": "x"}], "b": [{"text": "x"}]}', "several: a, b"),
+        ("splits.json", b'{\n "train": [["a", "b"]],\n "test": [["c", "d"]]\n}', "hold a list where rows"),
+        ("spread.jsonl", b'{\n "prompt": "a"\n}', "not JSON"),
         ("cells.csv", b"prompt,completion\na,b,c\n", "3 cells, the header 2"),
         ("quote.csv", b'prompt,completion\n"a,b\n', "not a CSV"),
         ("twice.csv", b"prompt,prompt\na,b\n", "twice"),
@@ -230,6 +232,27 @@ def test_a_useless_file_is_refused_by_name(
     with pytest.raises(DataError, match=word) as caught:
         prepared(path, tokenizer)
     assert caught.value.where.startswith(str(path))
+
+
+def test_one_row_spread_over_lines_is_a_row_of_a_json_file(tmp_path: Path) -> None:
+    row = {"prompt": "a", "completion": "b"}
+    (tmp_path / "one.json").write_text(json.dumps(row, indent=1))
+    assert values(tmp_path / "one.json") == [row]
+    (tmp_path / "one.jsonl").write_text(json.dumps(row, indent=1))
+    with pytest.raises(DataError) as caught:
+        values(tmp_path / "one.jsonl")
+    assert "on one line" in caught.value.fix
+
+
+def test_a_template_that_rewrites_the_prompt_is_told_with_its_own_fix(tmp_path: Path, tokenizer: Any) -> None:
+    template = tmp_path / "rewriting.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{{ loop.length }}{% endfor %}")
+    path = tmp_path / "rows.jsonl"
+    chat = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+    path.write_text(json.dumps({"messages": chat}))
+    with pytest.raises(DataError, match="writes the prompt differently") as caught:
+        prepared(path, tokenizer, chat_template=str(template))
+    assert "data.chat_template" in caught.value.fix
 
 
 def test_places_in_texts_are_line_and_column(tmp_path: Path) -> None:

@@ -193,9 +193,7 @@ def _encode(
     for found in encoder.encode(examples, config.max_length, config.on_overlong):
         if isinstance(found, Rejected):
             if found.invalid and not config.skip_invalid:
-                raise DataError(
-                    found.reason, where=found.where, fix="correct the row, or set data.skip_invalid"
-                )
+                raise DataError(found.reason, where=found.where, fix=found.fix)
             if config.on_overlong == "error" and found.overlong:
                 raise DataError(
                     found.reason, where=found.where, fix="raise data.max_length, or truncate or drop"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -70,6 +71,24 @@ def show_sample(sample: Sample, tokenizer: Any) -> str:
         part = texts[number + 1][len(texts[number]) :]
         parts.append(part if labels[begin] == IGNORED else part.join(LEARNED_MARKS))
     return "".join(parts)
+
+
+def shorten_sample(shown: str, width: int = 600) -> str:
+    """A shown sample on one line: line ends as ⏎, long parts cut in their middle so that all marks stay.
+
+    Args:
+        shown: What `show_sample` gave.
+        width: Most characters; a part that is learned or not gets at most a third of them.
+    """
+    begin, end = LEARNED_MARKS
+    parts = re.split(f"({begin}.*?{end})", shown, flags=re.DOTALL)
+    text = "".join(_cut_middle(part, width // 3) for part in parts).replace("\n", "⏎")
+    return text if len(text) <= width else f"{text[: width - 4]} ..."
+
+
+def _cut_middle(text: str, width: int) -> str:
+    half = (width - 5) // 2
+    return text if len(text) <= width else f"{text[:half]} ... {text[-half:]}"
 
 
 def _decode(ids: Sequence[int], tokenizer: Any) -> str:

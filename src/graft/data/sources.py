@@ -198,10 +198,18 @@ def _read_json_object(text: str, path: Path, refuse: Refuse) -> Iterator[Row]:
     lists = [
         name for name, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)
     ]
-    if text[end:].strip() or not lists:
+    if text[end:].strip():
         yield from _read_json_lines(path, refuse)
         return
-    if "messages" in lists or "conversations" in lists:
+    bare = [name for name, rows in value.items() if isinstance(rows, list) and rows and name not in lists]
+    if bare and not lists and all(isinstance(rows, list) for rows in value.values()):
+        raise DataError(
+            f"the lists in this JSON object ({', '.join(bare)}) hold {_kind(value[bare[0]][0])} where rows "
+            "should be",
+            where=f"{path}:1",
+            fix='write a list of rows like {"prompt": "...", "completion": "..."}',
+        )
+    if not lists or "messages" in lists or "conversations" in lists:
         yield _checked(value, text, path, 1)
         return
     if len(lists) > 1:
@@ -303,14 +311,17 @@ def _decode(data: bytes, path: Path, line: int) -> str:
 def _json_error(error: Exception, path: Path, line: int) -> DataError:
     if isinstance(error, json.JSONDecodeError):
         row = line if path.suffix.lower() != ".json" else error.lineno
+        spread = line == 1 and error.doc.strip() in ("{", "[")
         return DataError(
             f"not JSON: {error.msg}",
             where=f"{path}:{row}:{error.colno}",
-            fix="correct the row, or set skip_invalid",
+            fix="write each row on one line, or name the file .json"
+            if spread
+            else "correct the row, or set data.skip_invalid",
         )
     reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
     return DataError(
-        f"not JSON: {reason}", where=f"{path}:{line}:1", fix="correct the row, or set skip_invalid"
+        f"not JSON: {reason}", where=f"{path}:{line}:1", fix="correct the row, or set data.skip_invalid"
     )
 
 

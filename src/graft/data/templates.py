@@ -116,7 +116,7 @@ class ChatTemplate:
             raise DataError(
                 f"the chat template refuses the conversation: {error}",
                 where=where,
-                fix="change the row to the roles and order the template takes, or set skip_invalid",
+                fix="change the row to the roles and order the template takes, or set data.skip_invalid",
             ) from error
         return text
 

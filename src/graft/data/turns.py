@@ -108,7 +108,7 @@ def _begin(template: ChatTemplate, text: str, conversation: Conversation, index:
         raise DataError(
             "the chat template writes the prompt differently once the answer is there",
             where=where,
-            fix="use a template that marks answers with {% generation %}",
+            fix="set data.chat_template to one that does not, or that marks answers with {% generation %}",
         )
     return len(prompt)
 

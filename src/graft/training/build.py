@@ -6,26 +6,27 @@ import dataclasses
 import os
 import platform
 from collections.abc import Mapping
-from textwrap import shorten
 from typing import Any
 
 import torch
 
 from graft import __version__
 from graft.adapters.attach import attach
-from graft.adapters.attached import adapters_of
 from graft.config import from_dict, to_dict
 from graft.data.config import DataConfig
 from graft.data.prepare import Dataset, prepare_splits
+from graft.data.report import shorten_sample
 from graft.errors import CheckpointError, ConfigError, TrainingError
+from graft.files import sha256_file
 from graft.models.load import BaseModel, load, load_tokenizer
+from graft.models.locate import rooted_name
 from graft.runs import RunDirectory
 from graft.training.checkpoint import Checkpoint, newest_checkpoint
-from graft.training.choices import learning_rate, make_loader, precision, trained_tensors
+from graft.training.choices import adapter_to_train, learning_rate, make_loader, precision, trained_tensors
 from graft.training.config import RunConfig
 from graft.training.loop import Job, Training, num_steps
 from graft.training.monitors import Monitor, Silent
-from graft.training.results import Run, use_best, write_results
+from graft.training.results import Run, finished_run, use_best, write_results
 from graft.training.stopping import StopSignal, stop_before_training
 
 __all__ = ["Run", "resume", "run_from_config", "train"]
@@ -47,6 +48,7 @@ def run_from_config(config: RunConfig, monitor: Monitor | None = None) -> Run:
         StopRequested: A signal came; what was trained is saved.
     """
     monitor = monitor or Silent()
+    config = _rooted(config)
     RunDirectory(config.output).check_new()
     with stop_before_training():
         train_data, eval_data = _prepare_data(config, monitor)
@@ -73,6 +75,9 @@ def resume(path: str | os.PathLike[str], monitor: Monitor | None = None) -> Run:
     monitor = monitor or Silent()
     run = RunDirectory.open(path)
     record = run.read_record()
+    if done := finished_run(run, record):
+        monitor.say("this run is finished; nothing is left to do")
+        return done
     config = from_dict(RunConfig, record["config"], str(run.record_path))
     config = dataclasses.replace(config, output=str(path))
     with run.lock():
@@ -81,7 +86,7 @@ def resume(path: str | os.PathLike[str], monitor: Monitor | None = None) -> Run:
             base = _load_base(config, monitor)
             if config.adapter is not None:
                 attach(base.model, config.adapter, seed=config.training.seed)
-            _check_unchanged(record, base, train_data, eval_data, run)
+            _check_unchanged(record, _identity(config, base, train_data, eval_data), run)
             checkpoint = newest_checkpoint(run, monitor.say)
         if checkpoint is None:
             monitor.say("no checkpoint yet: starts from the beginning")
@@ -122,12 +127,12 @@ def train(
     Raises:
         ConfigError: An unknown training setting, or a value out of range.
         DataError: The data has nothing to learn.
-        TrainingError: A quantized base without an adapter.
+        TrainingError: A quantized base without an adapter, or not exactly one adapter that acts and trains.
         StopRequested: A signal came; what was trained is saved.
     """
     base = load(base) if isinstance(base, str) else base
-    attached = [adapter for adapter in adapters_of(base.model).values()]
-    if not attached and base.quantization is not None:
+    adapter = adapter_to_train(base.model)
+    if adapter is None and base.quantization is not None:
         raise TrainingError(
             f"{base.name} is quantized and has no adapter: codes cannot be trained",
             fix="graft.attach(base.model, graft.LoraConfig()) first",
@@ -135,9 +140,13 @@ def train(
     config = from_dict(
         RunConfig,
         {
-            "model": {"name": base.name, "dtype": str(base.dtype).removeprefix("torch.")},
+            "model": {
+                "name": base.name,
+                "revision": base.revision,
+                "dtype": str(base.dtype).removeprefix("torch."),
+            },
             "quantization": None if base.quantization is None else to_dict(base.quantization),
-            "adapter": to_dict(attached[-1].config) if attached else None,
+            "adapter": None if adapter is None else to_dict(adapter.config),
             "data": to_dict(data_config or DataConfig())
             | {"train": str(data), "eval": None if eval_data is None else str(eval_data)},
             "training": training,
@@ -145,11 +154,27 @@ def train(
         },
         "graft.train",
     )
+    config = _rooted(config)
     monitor = monitor or Silent()
     RunDirectory(output).check_new()
     with stop_before_training():
         train_set, eval_set = _prepare_data(config, monitor, base.tokenizer)
-    return _run(base, config, train_set, eval_set, RunDirectory.create(output), monitor)
+    # What the caller made of the model is in no configuration: only a checkpoint can bring it back.
+    return _run(base, config, train_set, eval_set, RunDirectory.create(output), monitor, save_start=True)
+
+
+def _rooted(config: RunConfig) -> RunConfig:
+    """The same configuration with full paths, so that the run can be resumed from any directory."""
+    places = {
+        name: os.path.abspath(os.path.expanduser(value))
+        for name in ("train", "eval", "chat_template")
+        if (value := getattr(config.data, name))
+    }
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, name=rooted_name(config.model.name)),
+        data=dataclasses.replace(config.data, **places),
+    )
 
 
 def _prepare_data(
@@ -161,11 +186,17 @@ def _prepare_data(
         )
     tokenizer = tokenizer or load_tokenizer(config.model.name, config.model.revision)
     train_data, eval_data = prepare_splits(tokenizer, config.data, seed=config.training.seed)
+    if config.data.chat_template and train_data.report.format in ("text", "prompt_completion"):
+        raise ConfigError(
+            f"a chat template does not act on {train_data.report.format} data",
+            where="data.chat_template",
+            fix="leave it out, or give the data as messages",
+        )
     for name, data in (("training", train_data), ("evaluation", eval_data)):
         if data is not None:
             monitor.say(_describe_data(name, data))
     for sample in train_data.report.preview:
-        monitor.say(f"  {shorten(sample, 600, placeholder=' ...')}")
+        monitor.say(f"  {shorten_sample(sample)}")
     return train_data, eval_data
 
 
@@ -197,14 +228,7 @@ def _describe(base: BaseModel) -> str:
     return f"{kind}, {base.dtype}, {size / 2**20:,.1f} MiB, fingerprint {base.fingerprint.short}"
 
 
-def _check_unchanged(
-    record: Mapping[str, Any],
-    base: BaseModel,
-    train_data: Dataset,
-    eval_data: Dataset | None,
-    run: RunDirectory,
-) -> None:
-    now = _identity(base, train_data, eval_data)
+def _check_unchanged(record: Mapping[str, Any], now: Mapping[str, str | None], run: RunDirectory) -> None:
     changed = [
         f"{name} was {str(then)[:12]}, is {str(now.get(name))[:12]}"
         for name, then in record["identity"].items()
@@ -218,11 +242,15 @@ def _check_unchanged(
         )
 
 
-def _identity(base: BaseModel, train_data: Dataset, eval_data: Dataset | None) -> dict[str, str | None]:
+def _identity(
+    config: RunConfig, base: BaseModel, train_data: Dataset, eval_data: Dataset | None
+) -> dict[str, str | None]:
+    template = config.data.chat_template
     return {
         **{f"base {name}": value for name, value in base.fingerprint.to_dict().items()},
         "training data": train_data.digest,
         "evaluation data": None if eval_data is None else eval_data.digest,
+        "chat template file": sha256_file(template) if template else None,
     }
 
 
@@ -233,12 +261,14 @@ def _run(
     eval_data: Dataset | None,
     run: RunDirectory,
     monitor: Monitor,
+    *,
+    save_start: bool = False,
 ) -> Run:
     record = {
         "status": "running",
         "config": to_dict(config),
         "derived": {},
-        "identity": _identity(base, train_data, eval_data),
+        "identity": _identity(config, base, train_data, eval_data),
         "format": train_data.report.format,
         "versions": {
             "graft": __version__,
@@ -249,7 +279,7 @@ def _run(
     }
     with run.lock():
         run.write_record(record)
-        return _train(base, config, train_data, eval_data, run, monitor, None, record)
+        return _train(base, config, train_data, eval_data, run, monitor, None, record, save_start)
 
 
 def _train(
@@ -261,10 +291,11 @@ def _train(
     monitor: Monitor,
     checkpoint: Checkpoint | None,
     record: dict[str, Any],
+    save_start: bool = False,
 ) -> Run:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base.model.to(device)
-    adapter = next(reversed(adapters_of(base.model).values()), None)
+    adapter = adapter_to_train(base.model)
     autocast, reasons = precision(base, config, adapter)
     rate, reason = learning_rate(config.training, adapter)
     reasons["learning_rate"] = reason
@@ -280,6 +311,7 @@ def _train(
         monitor=monitor,
         autocast=autocast,
         stop=StopSignal(),
+        save_start=save_start,
     )
     steps = num_steps(job.loader, config.training)
     reasons["steps"] = f"{steps} optimizer steps"

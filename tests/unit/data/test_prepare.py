@@ -11,7 +11,7 @@ import pytest
 from graft.data.config import DataConfig
 from graft.data.masking import IGNORED, Encoder
 from graft.data.prepare import Dataset, make_encoder, prepare, prepare_splits, render_preview, split_eval
-from graft.data.report import show_sample
+from graft.data.report import shorten_sample, show_sample
 from graft.data.tokens import TextEncoder
 from graft.errors import ConfigError, DataError
 
@@ -229,3 +229,16 @@ def test_a_template_of_the_user_is_used_for_prompts_as_well(tmp_path: Path, toke
     with pytest.raises(DataError, match="not a template") as caught:
         make_encoder(tokenizer, DataConfig(chat_template=str(tmp_path / "bad.jinja")))
     assert caught.value.where.endswith("bad.jinja:1")
+
+
+def test_a_shown_sample_is_shortened_so_that_what_is_learned_stays() -> None:
+    long = "ask " * 500
+    shown = f"{long}\nthen⟦ first{long}<end>⟧\nagain⟦ second<end>⟧"
+    short = shorten_sample(shown)
+    assert "\n" not in short
+    assert len(short) <= 600
+    assert short.startswith("ask ask")
+    assert "⏎then⟦ first" in short
+    assert short.endswith("<end>⟧⏎again⟦ second<end>⟧")
+    assert shorten_sample("a\n⟦ b⟧") == "a⏎⟦ b⟧"
+    assert len(shorten_sample("a⟦b⟧" * 1000)) == 600
