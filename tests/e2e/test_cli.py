@@ -166,6 +166,11 @@ def test_doctor_names_a_backend_for_every_operation(capsys: pytest.CaptureFixtur
         (["trian"], "trian", "--help"),
         (["generate"], "no prompt", "--prompt"),
         (["evaluate"], "no evaluation data", "--data"),
+        (
+            ["evaluate", "nowhere/model", "--data", "x.jsonl", "--metrics", "loss,exact-match"],
+            "no metric 'exact-match'",
+            "did you mean 'exact_match'?",
+        ),
         (["merge", "nowhere", "--out", "m"], "nowhere", ""),
         (["generate", "nowhere/model", "--prompt", "x"], "nowhere/model", ""),
     ],

@@ -45,6 +45,7 @@ def evaluate(
     from graft.data.config import DataConfig
     from graft.errors import ConfigError
     from graft.evaluate.generate import GenerationConfig
+    from graft.evaluate.metrics import find_metrics
     from graft.evaluate.tasks import evaluate_file, write_predictions
 
     if data is None:
@@ -54,6 +55,7 @@ def evaluate(
         settings.put(path.removeprefix("data."), value, f"--set {path}")
     config = build(DataConfig, settings)
     names = [name.strip() for name in metrics.split(",") if name.strip()]
+    find_metrics(names)
     opened = open_model(model, adapter, quantization=quantization, force_base=force_base)
     result = evaluate_file(
         opened.base.model,
