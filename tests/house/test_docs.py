@@ -1,0 +1,73 @@
+"""The pages under docs: commands, flags, fields and Python names that exist, links that lead somewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+import graft
+from graft.adapters.lora import LoraConfig
+from graft.data.config import DataConfig
+from graft.quant.config import QuantizationConfig
+from graft.training.config import ModelConfig, TrainingConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted((ROOT / "docs" / "how-to").glob("*.md"))
+SECTIONS = {
+    "model": ModelConfig,
+    "quantization": QuantizationConfig,
+    "adapter": LoraConfig,
+    "data": DataConfig,
+    "training": TrainingConfig,
+}
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The `graft ...` lines of the code blocks, and those in backquotes, as words."""
+    blocks = "\n".join(re.findall(r"```\w*\n(.*?)```", text, re.DOTALL))
+    lines = re.findall(r"^(?:\$ )?graft (\w+ .*)$", blocks, re.MULTILINE)
+    return [shlex.split(line) for line in [*lines, *re.findall(r"`graft (\w+ [^`]*)`", text)]]
+
+
+@pages
+def test_commands_and_flags_exist(page: Path) -> None:
+    from graft.cli.main import app
+
+    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for verb, *words in commands(page.read_text()):
+        assert verb in known, verb
+        flags = {flag for parameter in known[verb].params for flag in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= {*flags, "--debug"}, (verb, words)
+
+
+@pages
+def test_fields_exist(page: Path) -> None:
+    for section, name in re.findall(rf"[`\s]({'|'.join(SECTIONS)})\.(\w+)[`=]", page.read_text()):
+        if (section, name) != ("adapter", "notes"):  # an attribute of the object, not of the section
+            assert name in {field.name for field in dataclasses.fields(SECTIONS[section])}, (section, name)
+
+
+@pages
+def test_python_names_exist(page: Path) -> None:
+    for name in re.findall(r"\bgraft\.([A-Za-z_]+)\b", page.read_text()):
+        assert name in graft.__all__ or name == "json", name
+
+
+@pages
+def test_links_lead_somewhere_and_pages_are_short(page: Path) -> None:
+    text = page.read_text()
+    assert len(text.splitlines()) <= 60
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / link).exists(), link
+
+
+def test_there_are_pages() -> None:
+    assert len(PAGES) >= 4
+    assert sum(len(commands(page.read_text())) for page in PAGES) >= 10
