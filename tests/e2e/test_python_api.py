@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import graft
+from graft.errors import GraftError
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("red", "green", "blue", "black")
@@ -176,3 +177,24 @@ def test_generation_from_python(tiny_dir: Callable[..., Path]) -> None:
     texts = graft.generate(base.model, base.tokenizer, ["say red: ", "say blue: "], config)
     assert len(texts) == 2
     assert texts == graft.generate(base.model, base.tokenizer, ["say red: ", "say blue: "], config)
+
+
+def test_slips_of_the_first_minutes_are_told(
+    tiny_dir: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    base = graft.load(str(tiny_dir("llama")), quantization="nf4")
+    with pytest.raises(GraftError, match="a BaseModel is no torch module") as caught:
+        graft.attach(base, graft.LoraConfig())  # type: ignore[arg-type]
+    assert ".model" in caught.value.fix
+    for one in ("say red: ", [5, 6, 7]):
+        with pytest.raises(GraftError, match="a list of prompts belongs"):
+            graft.generate(base.model, base.tokenizer, one)  # type: ignore[arg-type]
+    graft.attach(base.model, graft.LoraConfig())
+    graft.train(base, data=rows, output=tmp_path / "run", max_steps=1)
+    fresh = graft.load(str(tiny_dir("llama")))
+    with pytest.raises(GraftError) as caught:
+        graft.load_adapter(fresh.model, tmp_path / "run")
+    assert caught.value.fix == f"this is a run directory: give {tmp_path / 'run' / 'adapter'}"
+    with pytest.raises(GraftError) as caught:
+        graft.merge(tmp_path / "run", out=tmp_path / "merged")
+    assert str(tmp_path / "run" / "adapter") in caught.value.fix

@@ -49,8 +49,19 @@ class Attachments:
     """Base parameters that took gradients before the first adapter came."""
 
 
-def attachments(model: nn.Module) -> Attachments:
-    """The model's record of its adapters; an empty one where it has none."""
+def attachments(model: object) -> Attachments:
+    """The model's record of its adapters; an empty one where it has none.
+
+    Raises:
+        AdapterError: It is no model.
+    """
+    if not isinstance(model, nn.Module):
+        inner = isinstance(getattr(model, "model", None), nn.Module)
+        raise AdapterError(
+            f"a {type(model).__name__} is no torch module",
+            where="model",
+            fix="give its .model" if inner else "give the model that graft.load(...).model is",
+        )
     found = getattr(model, "graft_attachments", None)
     return found if isinstance(found, Attachments) else Attachments()
 

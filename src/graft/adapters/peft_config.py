@@ -134,6 +134,9 @@ def read_object(path: Path) -> dict[str, Any]:
         AdapterError: The file is missing, too large or not a JSON object.
     """
     fix = "restore the file; an adapter directory has adapter_config.json and adapter_model.safetensors"
+    inside = path.parent / "adapter" / path.name
+    if not path.exists() and inside.exists():
+        fix = f"this is a run directory: give {inside.parent}"
     try:
         if path.stat().st_size > MAX_BYTES:
             raise AdapterError(f"larger than {MAX_BYTES:,} bytes", where=str(path), fix=fix)

@@ -83,7 +83,7 @@ def generate(
     Args:
         model: A causal language model of transformers, with or without adapters, dense or quantized.
         tokenizer: Its tokenizer.
-        prompts: Texts, or lists of token ids.
+        prompts: Texts, or lists of token ids; a list also for one.
         config: How to write; greedy by default.
         batch_size: Prompts written at a time; the result does not depend on it.
         end_ids: Tokens that end a text besides the model's own, such as a chat template's end of turn.
@@ -108,7 +108,15 @@ def complete(
     batch_size: int = 16,
     end_ids: Collection[int] = (),
 ) -> list[Completion]:
-    """Continue each prompt, as `generate` does, and say for each how it ended."""
+    """Continue each prompt, as `generate` does, and say for each how it ended.
+
+    Raises:
+        ConfigError: As `generate`, and where one prompt stands for a list of them.
+    """
+    if isinstance(prompts, str) or any(isinstance(prompt, int) for prompt in prompts):
+        raise ConfigError(
+            "one prompt was given where a list of prompts belongs", where="prompts", fix="write [prompt]"
+        )
     config = config or GenerationConfig()
     ends = end_tokens(model, tokenizer, config.stop) | frozenset(end_ids)
     writers = [_Writer(model, tokenizer, prompt, config, ends, place) for place, prompt in enumerate(prompts)]
