@@ -84,6 +84,19 @@ def test_evaluate_generate_and_merge_agree(
     assert both["completions"][0]["base"] != both["completions"][0]["text"]
 
 
+def test_evaluate_tells_the_rows_that_it_left_out(
+    tiny_dir: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": ""}\n')
+    words = ("evaluate", str(tiny_dir("llama")), "--data", str(path))
+    _, told = answer(capsys, *words)
+    assert told["num_rows"] == 1
+    assert [row["where"] for row in told["rejected"]] == [f"{path}:2"]
+    assert run([*words]) == 0
+    assert f"1 rows; 1 left out, the first: {path}:2" in capsys.readouterr().out
+
+
 def test_a_second_merge_is_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["merge", str(trained), "--out", str(tmp_path / "m"), "--json"]) == 0
     code, told = answer(

@@ -69,5 +69,9 @@ def evaluate(
     if predictions is not None:
         write_predictions(predictions, result.predictions)
     rows = [["metric", "value"], *([name, f"{value:.4f}"] for name, value in result.metrics.items())]
-    fields = {"metrics": result.metrics, "num_rows": result.num_rows}
-    answer.success(as_json, fields, f"{answer.table(rows)}\n{result.num_rows} rows")
+    left_out = [{"where": where, "reason": reason} for where, reason in result.rejected]
+    fields = {"metrics": result.metrics, "num_rows": result.num_rows, "rejected": left_out}
+    text = f"{answer.table(rows)}\n{result.num_rows} rows"
+    if left_out:
+        text += f"; {len(left_out)} left out, the first: {left_out[0]['where']}: {left_out[0]['reason']}"
+    answer.success(as_json, fields, text)
