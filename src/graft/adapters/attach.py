@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from graft.adapters.adapted import AdaptedLayer, SavedModule, unwrapped
@@ -18,8 +20,10 @@ from graft.adapters.attached import (
 )
 from graft.adapters.base import AdapterConfig, method_of
 from graft.adapters.initializers import generator_for
+from graft.adapters.patterns import first_match
 from graft.adapters.targets import Selection, select_saved, select_targets, tied_pair
-from graft.errors import AdapterError
+from graft.config import did_you_mean
+from graft.errors import AdapterError, TargetError
 from graft.models.layers import BaseLayer
 
 __all__ = [
@@ -91,6 +95,8 @@ def install(
     method_of(config)
     targets = select_targets(model, selection, strict=strict)
     saved = select_saved(model, selection.modules_to_save)
+    if strict:
+        _refuse_idle_patterns(config, targets)
     _refuse_overlap(model, targets, saved)
     record = attachments(model)
     if not record.adapters:
@@ -126,6 +132,17 @@ def check_name(model: nn.Module, name: str) -> None:
         raise AdapterError(
             f"an adapter cannot be called {name!r}", where="name", fix="use another word, without dots"
         )
+
+
+def _refuse_idle_patterns(config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> None:
+    for field in ("rank_pattern", "alpha_pattern"):
+        for item in getattr(config, field, ()):
+            if not any(list(first_match((item,), path)) for path in targets):
+                raise TargetError(
+                    f"{item!r} matches none of the {len(targets)} targets",
+                    where=f"adapter.{field}",
+                    fix=did_you_mean(item.rpartition("=")[0], {path.rpartition(".")[2] for path in targets}),
+                )
 
 
 def _refuse_overlap(model: nn.Module, targets: dict[str, BaseLayer], saved: dict[str, nn.Module]) -> None:

@@ -150,6 +150,8 @@ def merge(
         else:
             chosen, merged = "dense", live
             untied = merge_into(live.model, adapter.name)
+        if template := job.side.facts.get("chat_template") if job.side is not None else None:
+            merged.tokenizer.chat_template = template  # prompts as the adapter was taught them
         partial.rmdir()  # save_model makes it anew
         fingerprint = save_model(merged.model, merged.tokenizer, partial)
         del live, merged

@@ -84,13 +84,14 @@ def open_model(
     adapter = adapter_directory(adapter)
     side = _side_file(adapter)
     name = model or (base_name(adapter) if adapter else "builtin")
+    revision = _adapter_settings(adapter).get("revision") if adapter and not model else None
     config = None
     if quantization is None:
         stored = side.get("base", {}).get("quantization", "")
         config = QuantizationConfig.from_dict(json.loads(stored)) if stored else None
     elif quantization != "none":
         config = QuantizationConfig(quant_type=quantization)  # type: ignore[arg-type]
-    base = load(name, quantization=config, dtype=dtype)
+    base = load(name, quantization=config, dtype=dtype, revision=revision)
     if taught_template := side.get("facts", {}).get("chat_template"):
         base.tokenizer.chat_template = taught_template
     if adapter is not None:
@@ -124,14 +125,19 @@ def base_name(adapter: Path) -> str:
     Raises:
         ConfigError: It does not say.
     """
-    from graft import files
-
-    name = files.read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    name = _adapter_settings(adapter).get("base_model_name_or_path")
     if not name:
         raise ConfigError(
             "the adapter does not say which base it belongs to", where=str(adapter), fix="give MODEL"
         )
     return str(name)
+
+
+def _adapter_settings(adapter: Path) -> dict[str, Any]:
+    from graft import files
+
+    settings: dict[str, Any] = files.read_json(adapter / "adapter_config.json")
+    return settings
 
 
 def _side_file(adapter: Path | None) -> dict[str, Any]:

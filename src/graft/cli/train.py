@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 METHODS: dict[str, dict[str, str | None]] = {
     "full": {"adapter": None, "quantization": None},
-    "lora": {"adapter.method": "lora"},
+    "lora": {"adapter.method": "lora", "quantization": None},
     "qlora": {"adapter.method": "lora", "quantization.quant_type": "nf4"},
 }
 """What --method sets."""
@@ -56,11 +56,16 @@ def train(
             )
         from graft.training.build import resume as go_on
 
-        finished = go_on(resume, _monitor(quiet, 10))
+        finished = go_on(resume, _monitor(quiet, _log_steps(resume)))
     else:
         settings = read_yaml(config) if config is not None else Settings()
-        settings.update(_flags(model, data, eval_data, method or (None if config else "lora"), out))
-        settings.update(read_assignments(assignments or []))
+        flags = _flags(model, data, eval_data, method or (None if config else "lora"), out)
+        if method == "qlora" and _sections(settings) & {"quantization"}:
+            del flags.values["quantization.quant_type"]  # the file says which
+        settings.update(flags)
+        assigned = read_assignments(assignments or [])
+        _check_method(method, assigned)
+        settings.update(assigned)
         finished = _start(settings, quiet)
     _tell(finished, as_json)
 
@@ -93,6 +98,28 @@ def _flags(
         for path, setting in METHODS[method].items():
             settings.put(path, setting, "--method")
     return settings
+
+
+def _check_method(method: str | None, assigned: Settings) -> None:
+    unwanted = {"full": {"adapter", "quantization"}, "lora": {"quantization"}}.get(method or "", set())
+    for section in sorted(_sections(assigned) & unwanted):
+        raise ConfigError(
+            f"--method {method} has no {section}, --set gives one",
+            where=f"--set {section}",
+            fix="--method qlora" if section == "quantization" else "--method lora",
+        )
+
+
+def _sections(settings: Settings) -> set[str]:
+    return {path.partition(".")[0] for path, value in settings.values.items() if value is not None}
+
+
+def _log_steps(run: Path) -> int:
+    """How often the run was told to show itself."""
+    from graft.runs import RunDirectory
+
+    training = RunDirectory.open(run).read_record().get("config", {}).get("training", {})
+    return int(training.get("log_steps", 10))
 
 
 def _monitor(quiet: bool, log_steps: int) -> Monitor:

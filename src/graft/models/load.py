@@ -27,7 +27,7 @@ from graft.models.fingerprint import (
     tokenizer_digest,
 )
 from graft.models.keys import Fill, check_complete, check_finite, plan_fills
-from graft.models.locate import resolve
+from graft.models.locate import resolve, rooted_name
 from graft.models.shards import StoredTensor, open_checkpoint
 from graft.models.tokenizer import load_tokenizer
 from graft.quant.config import QuantizationConfig
@@ -52,7 +52,7 @@ class BaseModel:
     """transformers' tokenizer from the same directory."""
 
     name: str
-    """What was asked for: a directory, a hub id or "builtin"."""
+    """What was asked for: the full path of a directory, a hub id or "builtin"."""
 
     path: Path
     """The directory that the files were read from."""
@@ -117,7 +117,7 @@ def load(
         chat_template_digest(tokenizer),
         quantization_key(settings),
     )
-    base = BaseModel(model, tokenizer, os.fspath(name), path, fingerprint, settings, wanted, revision)
+    base = BaseModel(model, tokenizer, rooted_name(name), path, fingerprint, settings, wanted, revision)
     return _labelled(base)
 
 

@@ -33,6 +33,12 @@ def resolve(name: str | os.PathLike[str], revision: str | None = None) -> Path:
     """
     text = os.fspath(name)
     if text == BUILTIN:
+        if revision is not None:
+            raise ModelError(
+                f"revision {revision!r} cannot act on the built-in base",
+                where="model.revision",
+                fix="leave the revision out, or give a hub id",
+            )
         return _checked(_builtin())
     path = Path(text).expanduser()
     if path.is_dir():
@@ -48,6 +54,13 @@ def resolve(name: str | os.PathLike[str], revision: str | None = None) -> Path:
             f"no such model directory: {text!r}", where=str(path.parent.resolve()), fix=_nearest(path)
         )
     return _checked(_download(text, revision))
+
+
+def rooted_name(name: str | os.PathLike[str]) -> str:
+    """The name by which a base is found from any working directory: of a directory its full path."""
+    text = os.fspath(name)
+    path = Path(text).expanduser()
+    return str(path.absolute()) if text != BUILTIN and path.is_dir() else text
 
 
 def _builtin() -> Path:

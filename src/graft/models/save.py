@@ -33,6 +33,7 @@ def save_model(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    replace: bool = False,
 ) -> Fingerprint:
     """Write a base model as a dense directory that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -42,6 +43,7 @@ def save_model(
         directory: A new directory; it appears whole or not at all.
         dtype: Of the floating tensors in the files; by default the model's own.
         max_shard_bytes: Size at which a new file is begun.
+        replace: Whether a directory of that name is replaced, once the new one is whole.
 
     Returns:
         The fingerprint that the directory has when it is loaded.
@@ -63,6 +65,7 @@ def save_model(
         max_shard_bytes=max_shard_bytes,
         architecture=type(model).__name__,
         generation_config=getattr(model, "generation_config", None),
+        replace=replace,
     )
 
 
@@ -75,6 +78,7 @@ def save_tensors(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     architecture: str = "",
     generation_config: Any = None,
+    replace: bool = False,
 ) -> Fingerprint:
     """Write a model directory from a stream of tensors.
 
@@ -86,6 +90,7 @@ def save_tensors(
         max_shard_bytes: Size at which a new file is begun.
         architecture: Class name for config.json; by default the one that the config already has.
         generation_config: transformers' GenerationConfig, or None.
+        replace: Whether a directory of that name is replaced, once the new one is whole.
 
     Returns:
         The fingerprint that the directory has when it is loaded.
@@ -96,7 +101,7 @@ def save_tensors(
     Cost: the memory of one tensor.
     """
     digest = WeightsDigest()
-    with new_directory(directory) as partial:
+    with new_directory(directory, replace=replace) as partial:
         _write_shards(tensors, partial, max_shard_bytes, digest)
         config = copy.deepcopy(config)
         if architecture:

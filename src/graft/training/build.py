@@ -29,6 +29,9 @@ from graft.training.monitors import Monitor, Silent
 from graft.training.results import Run, finished_run, use_best, write_results
 from graft.training.stopping import StopSignal, stop_before_training
 
+IN_MEMORY = "from a model in memory"
+"""Where a run of `train` begins: with what its caller made of a model."""
+
 __all__ = ["Run", "resume", "run_from_config", "train"]
 
 
@@ -88,6 +91,12 @@ def resume(path: str | os.PathLike[str], monitor: Monitor | None = None) -> Run:
                 attach(base.model, config.adapter, seed=config.training.seed)
             _check_unchanged(record, _identity(config, base, train_data, eval_data), run)
             checkpoint = newest_checkpoint(run, monitor.say)
+        if checkpoint is None and record.get("start") == IN_MEMORY:
+            raise CheckpointError(
+                "began with a model in memory and has no checkpoint: that start cannot be made again",
+                where=str(run.path),
+                fix="start a new run from the program that made it",
+            )
         if checkpoint is None:
             monitor.say("no checkpoint yet: starts from the beginning")
         else:
@@ -160,7 +169,7 @@ def train(
     with stop_before_training():
         train_set, eval_set = _prepare_data(config, monitor, base.tokenizer)
     # What the caller made of the model is in no configuration: only a checkpoint can bring it back.
-    return _run(base, config, train_set, eval_set, RunDirectory.create(output), monitor, save_start=True)
+    return _run(base, config, train_set, eval_set, RunDirectory.create(output), monitor, in_memory=True)
 
 
 def _rooted(config: RunConfig) -> RunConfig:
@@ -191,6 +200,12 @@ def _prepare_data(
             f"a chat template does not act on {train_data.report.format} data",
             where="data.chat_template",
             fix="leave it out, or give the data as messages",
+        )
+    if config.training.eval_steps and eval_data is None:
+        raise ConfigError(
+            "training.eval_steps needs an evaluation loss",
+            where="training.eval_steps",
+            fix="--eval-data FILE, data.eval or data.eval_fraction; or leave it out",
         )
     for name, data in (("training", train_data), ("evaluation", eval_data)):
         if data is not None:
@@ -262,12 +277,13 @@ def _run(
     run: RunDirectory,
     monitor: Monitor,
     *,
-    save_start: bool = False,
+    in_memory: bool = False,
 ) -> Run:
     record = {
         "status": "running",
         "config": to_dict(config),
         "derived": {},
+        "start": IN_MEMORY if in_memory else "from the configuration",
         "identity": _identity(config, base, train_data, eval_data),
         "format": train_data.report.format,
         "versions": {
@@ -279,7 +295,7 @@ def _run(
     }
     with run.lock():
         run.write_record(record)
-        return _train(base, config, train_data, eval_data, run, monitor, None, record, save_start)
+        return _train(base, config, train_data, eval_data, run, monitor, None, record)
 
 
 def _train(
@@ -291,7 +307,6 @@ def _train(
     monitor: Monitor,
     checkpoint: Checkpoint | None,
     record: dict[str, Any],
-    save_start: bool = False,
 ) -> Run:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base.model.to(device)
@@ -311,7 +326,7 @@ def _train(
         monitor=monitor,
         autocast=autocast,
         stop=StopSignal(),
-        save_start=save_start,
+        save_start=checkpoint is None and record.get("start") == IN_MEMORY,
     )
     steps = num_steps(job.loader, config.training)
     reasons["steps"] = f"{steps} optimizer steps"

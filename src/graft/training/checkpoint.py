@@ -103,7 +103,7 @@ def save_checkpoint(
             "num_threads": torch.get_num_threads(),
         }
         files.write_json(partial / STATE, state)
-    _rotate(run, keep, position.best.step)
+    _rotate(run, keep, position.best.step if position.best.loss is not None else -1)
     return path
 
 

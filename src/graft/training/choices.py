@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from graft.adapters.attached import Adapter, adapter_tensors
+from graft.adapters.attached import Adapter, active_adapters, adapter_tensors, adapters_of
 from graft.data.loader import Loader
 from graft.data.prepare import Dataset
-from graft.errors import ConfigError
+from graft.errors import ConfigError, TrainingError
 from graft.models.load import BaseModel
 from graft.training.config import RunConfig, TrainingConfig
 
@@ -24,6 +24,30 @@ def trained_tensors(model: nn.Module, adapter: Adapter | None) -> dict[str, nn.P
     model.float()
     model.requires_grad_(True)
     return dict(model.named_parameters())
+
+
+def adapter_to_train(model: nn.Module) -> Adapter | None:
+    """The adapter of a model that trains: the one that acts; None where it carries none.
+
+    Raises:
+        TrainingError: None of its adapters acts, several do, or the one that does was loaded for use only.
+    """
+    known, active = adapters_of(model), active_adapters(model)
+    if not known:
+        return None
+    if len(active) != 1:
+        raise TrainingError(
+            f"of the adapters {', '.join(known)}, {', '.join(active) or 'none'} act: one must, to be trained",
+            where="base.model",
+            fix=f'graft.set_active(base.model, "{next(iter(known))}")',
+        )
+    if not known[active[0]].trainable:
+        raise TrainingError(
+            f"adapter {active[0]!r} was loaded for use, not for training",
+            where="base.model",
+            fix="graft.load_adapter(..., trainable=True)",
+        )
+    return known[active[0]]
 
 
 def precision(

@@ -156,7 +156,7 @@ class RunConfig:
                 where="quantization",
                 fix="add an adapter section (--method qlora), or remove quantization",
             )
-        needy = ("early_stopping_patience", "early_stopping_min_delta", "load_best_at_end", "eval_steps")
+        needy = ("early_stopping_patience", "early_stopping_min_delta", "load_best_at_end")
         for name in needy:
             if getattr(self.training, name) and not (self.data.eval or self.data.eval_fraction):
                 raise ConfigError(

@@ -40,6 +40,7 @@ class Job:
         monitor: Who is told.
         autocast: Type that matrix products run in when it is not the tensors' own; None for no autocast.
         stop: Set by a signal.
+        save_start: Whether to save before the first step: for a start that no configuration describes.
     """
 
     model: nn.Module
@@ -52,6 +53,7 @@ class Job:
     monitor: Monitor
     autocast: torch.dtype | None = None
     stop: StopSignal = field(default_factory=StopSignal)
+    save_start: bool = False
 
 
 class _EvaluationStopped(Exception):  # noqa: N818 - a signal between two functions of this file
@@ -97,6 +99,8 @@ class Training:
         job.model.train()
         job.monitor.start(self.position.step, self.num_steps)
         try:
+            if self.job.save_start:
+                self._save()
             self._catch_up()
             for batches in self._steps():
                 self._step(batches)
@@ -109,6 +113,12 @@ class Training:
             job.monitor.finish()
             self.metrics.close()
             self.timings.close()
+        if self.position.step and self.position.num_skipped == self.position.step:
+            raise TrainingError(
+                f"none of {self.position.step} steps had a finite loss and gradient: nothing was trained",
+                where=str(job.run.metrics_path),
+                fix="lower adapter.alpha or training.learning_rate, or look at the data",
+            )
         return self.position
 
     # One step.
@@ -308,10 +318,10 @@ def num_steps(loader: Loader, config: TrainingConfig) -> int:
     if config.max_steps is not None:
         return config.max_steps
     whole, part = divmod(config.num_epochs, 1)
-    per_epoch = [
-        math.ceil(loader.num_batches(e) / config.gradient_accumulation_steps) for e in range(int(whole) + 1)
-    ]
-    return max(1, sum(per_epoch[: int(whole)]) + math.ceil(per_epoch[-1] * part))
+    per_epoch = math.ceil(
+        loader.num_batches() / config.gradient_accumulation_steps
+    )  # the same in every epoch
+    return max(1, per_epoch * int(whole) + math.ceil(per_epoch * part))
 
 
 def warmup_steps(config: TrainingConfig, total: int) -> int:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from graft.adapters.attached import Adapter
 from graft.adapters.peft_format import save_adapter
 from graft.data.templates import read_template
+from graft.errors import CheckpointError, TrainingError
+from graft.models.fingerprint import Fingerprint
 from graft.models.load import BaseModel
+from graft.models.locate import rooted_name
 from graft.models.save import save_model
 from graft.runs import RunDirectory
 from graft.training.checkpoint import Position, copy_into, load_checkpoint
@@ -76,9 +81,10 @@ def write_results(
     else:
         if facts["chat_template"]:
             base.tokenizer.chat_template = facts["chat_template"]
-        if run.model_path.exists():  # a kill came between these weights and the end of the record
-            shutil.rmtree(run.model_path)
-        save_model(base.model, base.tokenizer, run.model_path, dtype=base.dtype)
+        _check_finite(base.model)
+        # Replaces what a kill left between these weights and the end of the record.
+        saved = save_model(base.model, base.tokenizer, run.model_path, dtype=base.dtype, replace=True)
+        _rename(base, run.model_path, saved)
     results = {
         "steps": position.step,
         "planned_steps": steps,
@@ -91,18 +97,61 @@ def write_results(
         "peak_memory_bytes": peak_memory_bytes(),
     }
     record = {**record, "status": "finished", "results": results}
-    run.write_record(record)
     write_run_report(run, record)
+    run.write_record(record)  # last: a run that says it is finished has everything
+    return _outcome(run, results, whole=adapter is None)
+
+
+def _outcome(run: RunDirectory, results: dict[str, Any], *, whole: bool) -> Run:
     return Run(
         directory=run.path,
-        adapter=run.adapter_path if adapter is not None else None,
-        model=run.model_path if adapter is None else None,
+        adapter=None if whole else run.adapter_path,
+        model=run.model_path if whole else None,
         metrics=results,
     )
+
+
+def finished_run(run: RunDirectory, record: Mapping[str, Any]) -> Run | None:
+    """The outcome of a run whose record says that it is finished and whose result is there; else None.
+
+    Raises:
+        CheckpointError: run.json lacks what every run writes into it.
+    """
+    missing = [name for name in ("status", "config", "identity", "results") if name not in record]
+    if missing:
+        raise CheckpointError(
+            f"run.json has no {', '.join(missing)}", where=str(run.record_path), fix="restore the file"
+        )
+    whole = record["config"].get("adapter") is None
+    result = run.model_path if whole else run.adapter_path
+    if record["status"] != "finished" or not result.is_dir():
+        return None
+    return _outcome(run, dict(record["results"]), whole=whole)
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise TrainingError(
+                f"{name} holds NaN or infinite values: the run diverged",
+                where=name,
+                fix="train again with a lower training.learning_rate",
+            )
+
+
+def _rename(base: BaseModel, directory: Path, fingerprint: Fingerprint) -> None:
+    """What is in memory is another base now: adapters trained on it next must name this one."""
+    base.path, base.name, base.revision = directory, rooted_name(directory), None
+    base.fingerprint = base.model.graft_fingerprint = fingerprint
+    base.model.graft_name, base.model.graft_revision = base.name, None
 
 
 def run_id(record: Mapping[str, Any]) -> str:
     """A name for a run that is the same wherever it is done: a digest of its config, base and data."""
     config = {name: value for name, value in record["config"].items() if name != "output"}
+    # Where they lie does not count: the identity has digests of what is in them.
+    config["model"] = {name: value for name, value in config["model"].items() if name != "name"}
+    places = ("train", "eval", "chat_template")
+    config["data"] = {name: value for name, value in config["data"].items() if name not in places}
     text = json.dumps([config, record["identity"]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -54,6 +54,12 @@ def config(model: Path, rows: Path, out: Path, *more: str) -> RunConfig:
     return build(RunConfig, read_assignments(words))
 
 
+def unfinish(run: Path) -> None:
+    """As if a kill had come before the record said that the run is finished."""
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "status": "running"}))
+
+
 CLOSE = 2e-5
 """Sums of float32 in another order, through two layers with large random weights; a wrong weighting of
 tokens or a leak between samples is off by a tenth or more."""
@@ -238,6 +244,7 @@ def test_damaged_newest_checkpoint_falls_back(
     data[-5] ^= 1
     newest.write_bytes(bytes(data))
     (run.directory / "checkpoints" / "step-000004" / "state.json").write_text("{")
+    unfinish(run.directory)
     told: list[str] = []
 
     class Listener(Silent):
@@ -255,12 +262,14 @@ def test_damaged_newest_checkpoint_falls_back(
 def test_changed_data_is_refused_on_resume(tiny_dir: Callable[..., Path], rows: Path, tmp_path: Path) -> None:
     run = run_from_config(config(tiny_dir("llama"), rows, tmp_path / "run", "training.max_steps=2"))
     rows.write_text(rows.read_text().replace('"8"', '"9"'))
+    unfinish(run.directory)
     with pytest.raises(CheckpointError, match="training data was"):
         resume(run.directory)
 
 
 def test_second_process_is_refused(tiny_dir: Callable[..., Path], rows: Path, tmp_path: Path) -> None:
     run = run_from_config(config(tiny_dir("llama"), rows, tmp_path / "run", "training.max_steps=1"))
+    unfinish(run.directory)
     with (
         RunDirectory(run.directory).lock(),
         pytest.raises(CheckpointError, match="is being written by process"),

@@ -31,7 +31,7 @@ def test_values_that_no_run_can_use(word: str) -> None:
 
 @pytest.mark.parametrize(
     "word",
-    ["eval_steps=5", "early_stopping_patience=2", "early_stopping_min_delta=0.1", "load_best_at_end=true"],
+    ["early_stopping_patience=2", "early_stopping_min_delta=0.1", "load_best_at_end=true"],
 )
 def test_evaluation_settings_need_evaluation_data(word: str) -> None:
     with pytest.raises(ConfigError, match="needs an evaluation loss"):
