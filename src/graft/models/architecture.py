@@ -56,6 +56,12 @@ def read_config(directory: Path) -> Any:
         ) from error
 
 
+def context_tokens(config: Any) -> int | None:
+    """Tokens that a model of this configuration can see at once; None where nothing bounds them."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if found is None else int(found)
+
+
 def _check_kind(raw: dict[str, Any], path: Path) -> None:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL

@@ -18,7 +18,8 @@ from graft.data.prepare import Dataset, prepare_splits
 from graft.data.report import shorten_sample
 from graft.errors import CheckpointError, ConfigError, TrainingError
 from graft.files import sha256_file
-from graft.models.load import BaseModel, load, load_tokenizer
+from graft.models.architecture import context_tokens, read_config
+from graft.models.load import BaseModel, load, load_tokenizer, resolve
 from graft.models.locate import rooted_name
 from graft.runs import RunDirectory
 from graft.training.checkpoint import Checkpoint, newest_checkpoint
@@ -54,6 +55,8 @@ def run_from_config(config: RunConfig, monitor: Monitor | None = None) -> Run:
     config = _rooted(config)
     RunDirectory(config.output).check_new()
     with stop_before_training():
+        model_config = read_config(resolve(config.model.name, config.model.revision))
+        config = _within_context(config, model_config, monitor)
         train_data, eval_data = _prepare_data(config, monitor)
         base = _load_base(config, monitor)
         if config.adapter is not None:
@@ -166,6 +169,7 @@ def train(
     config = _rooted(config)
     monitor = monitor or Silent()
     RunDirectory(output).check_new()
+    config = _within_context(config, base.model.config, monitor)
     with stop_before_training():
         train_set, eval_set = _prepare_data(config, monitor, base.tokenizer)
     # What the caller made of the model is in no configuration: only a checkpoint can bring it back.
@@ -184,6 +188,15 @@ def _rooted(config: RunConfig) -> RunConfig:
         model=dataclasses.replace(config.model, name=rooted_name(config.model.name)),
         data=dataclasses.replace(config.data, **places),
     )
+
+
+def _within_context(config: RunConfig, model_config: Any, monitor: Monitor) -> RunConfig:
+    """Samples no longer than what the model can see; beyond it there are no positions, or untrained ones."""
+    context = context_tokens(model_config)
+    if context is None or config.data.max_length <= context:
+        return config
+    monitor.say(f"max_length: {context}, the model's context, instead of {config.data.max_length}")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=context))
 
 
 def _prepare_data(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import sys
 import time
 from typing import Any, Protocol, TextIO
@@ -128,6 +129,7 @@ class Console:
         if not self._live:
             self._stream.write(line + "\n")
         else:
+            line = line[: shutil.get_terminal_size().columns - 1]
             self._stream.write("\r" + line.ljust(self._width))
             self._width = len(line)
         self._stream.flush()

@@ -212,3 +212,16 @@ def test_chat_template_acts_or_is_refused(
     assert run.adapter is not None
     merge(run.adapter, tmp_path / "merged")
     assert load(tmp_path / "merged").tokenizer.chat_template == TEMPLATE
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_samples_are_kept_within_the_models_context(
+    family: str, tiny_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_dir(family)
+    context = load(model).model.config.max_position_embeddings
+    rows = tmp_path / "rows.txt"
+    rows.write_text("once upon a time " * 40)
+    run = run_from_config(config(model, rows, tmp_path / "run", "data.max_length=1024"))
+    record = json.loads((run.directory / "run.json").read_text())
+    assert record["config"]["data"]["max_length"] == context
