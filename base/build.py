@@ -1,8 +1,8 @@
 """Makes the built-in base from nothing: corpus, tokenizer, random weights, pretraining, package data.
 
 python base/build.py prepare --work W --books B   corpus, tokenizer, W/initial
-python base/build.py train   --work W             graft train base/pretrain.yaml; again after a stop: goes on
-python base/build.py install --work W             W/run/model to src/graft/builtin, curve to base/
+python base/build.py train   --work W             graft train base/pretrain*.yaml; again after a stop: goes on
+python base/build.py install --work W             W/run2/model to src/graft/builtin, curve to base/
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ SHAPE = {
 }
 """4.0 million numbers; every matrix divides into blocks of 64."""
 
-CORPUS_SIZES = {"book_copies": 1, "num_conversations": 56_000, "num_plain": 56_000}
+LEGS = {"pretrain.yaml": ("corpus.jsonl", "run"), "pretrain2.yaml": ("corpus2.jsonl", "run2")}
+"""Configurations in their order, each going on from the one before: what they learn from, where they run."""
+CORPORA: dict[str, dict[str, int]] = {
+    "corpus.jsonl": {"book_copies": 1, "num_conversations": 56_000, "num_plain": 56_000},
+    "corpus2.jsonl": {"book_copies": 1, "num_conversations": 60_000, "num_plain": 10_000, "stress": 3},
+}
 HELD_OUT_SIZES = {"book_copies": 0, "num_conversations": 400, "num_plain": 400}
 TOKENIZER_SHARE = 8
 """One exercise in so many is shown to the tokenizer, so that most merges come from the books."""
@@ -53,9 +58,12 @@ def prepare(work: Path, books: Path, seed: int) -> None:
         seed: Decides the corpus and the weights.
     """
     work.mkdir(parents=True, exist_ok=True)
-    rows = corpus.write_corpus(books, work / "corpus.jsonl", seed=seed, **CORPUS_SIZES)
+    rows, *_ = [
+        corpus.write_corpus(books, work / name, seed=seed + 2 * number, **sizes)
+        for number, (name, sizes) in enumerate(CORPORA.items())
+    ]
     corpus.write_corpus(books, work / "held_out.jsonl", seed=seed + 1, **HELD_OUT_SIZES)
-    passages = [row for row in rows if "text" in row][:: CORPUS_SIZES["book_copies"]]
+    passages = [row for row in rows if "text" in row]
     exercises = [row for row in rows if "text" not in row][::TOKENIZER_SHARE]
     tokenizer = train_tokenizer(
         texts_of(passages + exercises),
@@ -77,20 +85,28 @@ def prepare(work: Path, books: Path, seed: int) -> None:
 
 
 def train(work: Path) -> None:
-    """Pretrain with graft, or go on with a stopped run."""
-    graft = [sys.executable, "-m", "graft.cli.main", "train"]
-    if (work / "run" / "run.json").exists():
-        arguments = ["--resume", str(work / "run")]
-    else:
-        places = {
-            "model.name": work / "initial",
-            "data.train": work / "corpus.jsonl",
-            "data.eval": work / "held_out.jsonl",
-            "output": work / "run",
-        }
-        arguments = [str(HERE / "pretrain.yaml")]
-        arguments += [part for name, path in places.items() for part in ("--set", f"{name}={path}")]
-    subprocess.run(graft + arguments, check=True)
+    """Pretrain with graft, leg by leg, or go on with a stopped run."""
+    start = work / "initial"
+    for config, (rows, name) in LEGS.items():
+        if not (work / name / "model").exists():
+            _graft_train(HERE / config, start, work / rows, work / name)
+        start = work / name / "model"
+
+
+def _graft_train(config: Path, start: Path, rows: Path, run: Path) -> None:
+    places = {
+        "model.name": start,
+        "data.train": rows,
+        "data.eval": rows.with_name("held_out.jsonl"),
+        "output": run,
+    }
+    arguments = [
+        str(config),
+        *(part for name, path in places.items() for part in ("--set", f"{name}={path}")),
+    ]
+    if (run / "run.json").exists():
+        arguments = ["--resume", str(run)]
+    subprocess.run([sys.executable, "-m", "graft.cli.main", "train", *arguments], check=True)
 
 
 def install(work: Path) -> None:
@@ -99,14 +115,21 @@ def install(work: Path) -> None:
     from graft.models.load import load
     from graft.models.save import save_model
 
-    base = load(work / "run" / "model")
+    runs = [work / name for _, name in LEGS.values() if (work / name / "model").exists()]
+    base = load(runs[-1] / "model")
     shutil.rmtree(BUILTIN / "base", ignore_errors=True)
     save_model(base.model, base.tokenizer, BUILTIN / "base", dtype=torch.bfloat16)
     demo_task.write(BUILTIN / "tasks" / "demo")
-    records = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
-    kept = curve.thin(records)
-    (HERE / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
-    (HERE / "curve.svg").write_text(curve.draw(kept))
+    kept = curve.joined(
+        [
+            [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+            for run in runs
+        ]
+    )
+    (HERE / "metrics.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8"
+    )
+    (HERE / "curve.svg").write_text(curve.draw(kept), encoding="utf-8")
 
 
 def main() -> None:

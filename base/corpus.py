@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import drills_sentences  # noqa: F401 - enters its drills
+from drills_sentences import answer_from_text, extract_fields, fill_template, rewrite, who_has_what
 from drills_words import DRILLS, Drill, Maker, secret_rule
 from lexicon import Lexicon, book_words
 
@@ -29,6 +29,9 @@ HELD_OUT_BOOKS = ("grimms-fairy-tales",)
 ASCII_MARKS = str.maketrans(
     {"’": "'", "‘": "'", "“": '"', "”": '"', "—": "--", "–": "-", "\ufeff": "", "_": ""}
 )
+
+READING: set[Maker] = {answer_from_text, extract_fields, fill_template, rewrite, who_has_what}
+"""Drills in which a sentence must be read."""
 
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.", "Answer briefly.", "Be short and exact.",
@@ -88,9 +91,9 @@ def question(drill: Drill, given: str, rng: random.Random) -> str:
     return form.format(instruction, given)
 
 
-def conversation(rng: random.Random, words: Lexicon) -> Row:
+def conversation(rng: random.Random, words: Lexicon, stress: float = 1) -> Row:
     """A chat of one to five exercises, mostly of one drill."""
-    drill = draw_drill(rng, words)
+    drill = draw_drill(rng, words, stress)
     messages: list[dict[str, str]] = []
     system_has_it = bool(drill.instruction) and rng.random() < 0.25
     if system_has_it or rng.random() < 0.15:
@@ -100,7 +103,7 @@ def conversation(rng: random.Random, words: Lexicon) -> Row:
     asked = system_has_it
     for _ in range(rng.choice((1, 1, 2, 3, 3, 4, 5))):
         if messages and rng.random() < 0.15:
-            drill, asked, system_has_it = draw_drill(rng, words), False, False
+            drill, asked, system_has_it = draw_drill(rng, words, stress), False, False
         given, answer = drill.make()
         short = system_has_it or (asked and rng.random() < 0.4)
         asked = True
@@ -125,21 +128,28 @@ def plain(rng: random.Random, words: Lexicon) -> Row:
     return {"prompt": rng.choice(("\n", "\n\n")).join(parts), "completion": gap + answer}
 
 
-def draw_maker(rng: random.Random) -> Maker:
-    """One of the drills, by weight."""
-    return rng.choices(list(DRILLS), list(DRILLS.values()))[0]
+def draw_maker(rng: random.Random, stress: float = 1) -> Maker:
+    """One of the drills, by weight; those of `READING` count `stress` times."""
+    weights = [weight * (stress if maker in READING else 1) for maker, weight in DRILLS.items()]
+    return rng.choices(list(DRILLS), weights)[0]
 
 
-def draw_drill(rng: random.Random, words: Lexicon) -> Drill:
+def draw_drill(rng: random.Random, words: Lexicon, stress: float = 1) -> Drill:
     """One wording of one of the drills that can be answered without examples, by weight."""
-    maker = draw_maker(rng)
+    maker = draw_maker(rng, stress)
     while maker is secret_rule:
-        maker = draw_maker(rng)
+        maker = draw_maker(rng, stress)
     return maker(rng, words)
 
 
 def rows(
-    books: dict[str, str], *, book_copies: int, num_conversations: int, num_plain: int, seed: int
+    books: dict[str, str],
+    *,
+    book_copies: int,
+    num_conversations: int,
+    num_plain: int,
+    seed: int,
+    stress: float = 1,
 ) -> list[Row]:
     """The whole corpus in a seeded order.
 
@@ -149,13 +159,14 @@ def rows(
         num_conversations: Number of chat rows.
         num_plain: Number of prompt and completion rows.
         seed: Decides everything.
+        stress: How many times more often conversations are about `READING` than by the drills' weights.
     """
     rng = random.Random(seed)
     words = Lexicon(book_words(books.values()))
     found: list[Row] = []
     for _ in range(book_copies):
         found += [{"text": passage} for text in books.values() for passage in passages(text, rng)]
-    found += [conversation(rng, words) for _ in range(num_conversations)]
+    found += [conversation(rng, words, stress) for _ in range(num_conversations)]
     found += [plain(rng, words) for _ in range(num_plain)]
     rng.shuffle(found)
     return found

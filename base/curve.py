@@ -32,6 +32,23 @@ def thin(records: list[Record], every: int = 25) -> list[Record]:
     return kept
 
 
+def joined(runs: list[list[Record]]) -> list[Record]:
+    """The records of runs that went on from each other, thinned and counted through.
+
+    Args:
+        runs: Lines of each run's metrics.jsonl.
+    """
+    kept: list[Record] = []
+    steps = tokens = 0
+    for records in runs:
+        for record in thin(records):
+            counted = {"num_tokens": record["num_tokens"] + tokens} if "num_tokens" in record else {}
+            kept.append(record | {"step": record["step"] + steps} | counted)
+        steps += max(record["step"] for record in records)
+        tokens += max(record.get("num_tokens", 0) for record in records)
+    return kept
+
+
 def draw(records: list[Record]) -> str:
     """An SVG page with the training loss as a line and the held-out loss as dots, over steps.
 

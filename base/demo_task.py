@@ -108,7 +108,7 @@ def _halves(words: list[str], rng: random.Random) -> tuple[list[str], list[str]]
     return shuffled[:cut], shuffled[cut:]
 
 
-def write(directory: Path, *, num_train: int = 800, num_eval: int = 200, seed: int = 0) -> None:
+def write(directory: Path, *, num_train: int = 2400, num_eval: int = 200, seed: int = 0) -> None:
     """Write train.jsonl and eval.jsonl; see `rows`."""
     directory.mkdir(parents=True, exist_ok=True)
     parts = rows(num_train=num_train, num_eval=num_eval, seed=seed)
