@@ -45,6 +45,7 @@ def train_and_measure(method: str, seed: int, work: Path, max_steps: int | None)
     for path, value in {
         "model.name": model,
         "data.train": str(TASK / "train.jsonl"),
+        "data.eval": str(TASK / "eval.jsonl"),
         "training.seed": seed,
         "output": str(work / "run"),
     }.items():
@@ -114,6 +115,8 @@ def main() -> None:
             print(name, known["runs"][name], flush=True)
             if values.max_steps is None:
                 RESULTS.mkdir(exist_ok=True)
+                if path.exists() and not values.fresh:  # another process may have added to it
+                    known["runs"] = files.read_json(path)["runs"] | known["runs"]
                 files.write_json(path, known)
                 files.write_text(RESULTS / "demo_task.md", table(known["runs"]))
     print(table(known["runs"]))
