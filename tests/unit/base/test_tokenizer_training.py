@@ -26,7 +26,7 @@ CHAT = [
 def tokenizer(script: Script, books: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Trained here on little, saved and read back."""
     module = script("tokenizer")
-    texts = script("corpus").read_books(books).values()
+    texts = [*script("corpus").read_books(books).values(), "2047 " * 50]
     place = tmp_path_factory.mktemp("tokenizer")
     module.save_tokenizer(module.train_tokenizer(texts, vocab_size=320, max_length=128), place)
     return AutoTokenizer.from_pretrained(place)
