@@ -3,9 +3,9 @@
 A small model copies through attention heads that need each other: one that looks at the token before, and
 induction heads that look for the same token earlier and pass on what followed it (Olsson et al., "In-context
 learning and induction heads", arXiv:2209.11895). Each alone gains nothing, so both appear late; 4.5 million
-tokens of the corpus at a learning rate of 3e-3 did not bring them about. Here they are written into the random
-weights: the embedding gets a part that all tokens share and parts that tell tokens apart, and three heads read
-and write those parts. Everything else stays random, and everything is trained afterwards, gently.
+tokens of the corpus at a learning rate of 3e-3 did not bring them about. Here they are written into the
+random weights: the embedding gets a part that all tokens share and parts that tell tokens apart, and three
+heads read and write those parts. Everything else stays random, and everything is trained afterwards, gently.
 """
 
 from __future__ import annotations
