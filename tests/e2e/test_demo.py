@@ -24,7 +24,7 @@ def test_the_shipped_files_are_small_and_whole() -> None:
     text = "Straße, naïve, 東京, \U0001f600, \t tabs and\nlines"
     ids = base.tokenizer(text, add_special_tokens=False).input_ids
     assert base.tokenizer.decode(ids) == text
-    assert "{% generation %}" in base.tokenizer.chat_template
+    assert "{%- generation %}" in base.tokenizer.chat_template
 
 
 def test_evaluation_rows_share_no_answer_with_training_rows() -> None:

@@ -82,6 +82,9 @@ def peft_to_ours(directory: Path, out: Path, **settings: Any) -> tuple[torch.Ten
     return expected, live, adapter
 
 
+RANKS = {"gpt2": (r"attn?\.c_.*=3",), "gpt_neox": ("query_key_value=1",)}
+"""Patterns that name layers of the family."""
+
 OUR_CONFIGS: dict[str, Callable[[str], LoraConfig]] = {
     "all-linear": lambda family: LoraConfig(rank=4, alpha=8),
     "rslora-gaussian": lambda family: LoraConfig(rank=4, alpha=3.5, use_rslora=True, init="gaussian"),
@@ -94,8 +97,8 @@ OUR_CONFIGS: dict[str, Callable[[str], LoraConfig]] = {
         alpha=8,
         target_modules=r".*\.(q_proj|down_proj|qkv_proj|c_attn|c_proj|query_key_value|dense_h_to_4h)",
         layers=(1,),
-        rank_pattern=("down_proj=2", r"attn?\.c_.*=3", "query_key_value=1"),
-        alpha_pattern=(r".*proj=5.5", "dense_h_to_4h=7"),
+        rank_pattern=RANKS.get(family, ("down_proj=2",)),
+        alpha_pattern=("dense_h_to_4h=7",) if family == "gpt_neox" else (r".*proj=5.5",),
     ),
 }
 

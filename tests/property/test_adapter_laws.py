@@ -51,7 +51,15 @@ configs = st.builds(
     modules_to_save=st.sampled_from([(), ("norm",)]),
     rank_pattern=st.sampled_from([(), ("up=2",), (r"u.|down=3",)]),
     alpha_pattern=st.sampled_from([(), ("head=5",)]),
-)
+).filter(lambda config: _acts(config.rank_pattern, config) and _acts(config.alpha_pattern, config))
+
+
+def _acts(patterns: tuple[str, ...], config: LoraConfig) -> bool:
+    """Whether each pattern names a target: others are refused."""
+    return all(
+        any(re.fullmatch(pattern.split("=")[0], target) for target in config.target_modules)
+        for pattern in patterns
+    )
 
 
 def made(config: LoraConfig, seed: int) -> Any:
