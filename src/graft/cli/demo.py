@@ -169,11 +169,12 @@ def _accuracy(answers: list[str], wanted: list[str]) -> float:
 def _merge(out: Path) -> dict[str, Any]:
     from graft.adapters.merge import merge
 
-    report = dataclasses.asdict(merge(out / "qlora" / "adapter", out / "merged"))
-    told = {name: str(value) if isinstance(value, Path) else value for name, value in report.items()}
-    for name, value in told.items():
-        answer.note(f"{name}: {value}")
-    return told
+    report = merge(out / "qlora" / "adapter", out / "merged", dtype="float32")
+    for note in report.notes:
+        answer.note(note)
+    answer.note(f"merged into the {report.folded_into} weights: {out / 'merged'}")
+    fields = dataclasses.asdict(report)
+    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
 
 
 def _figures(result: Result) -> dict[str, Any]:
