@@ -17,13 +17,13 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self.buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def take(self, num_elements: int, like: Tensor) -> Tensor:
-        key = (like.device, like.dtype)
+    def take(self, num_elements: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        key = (device, dtype)
         buffer = self.buffers.get(key)
         if buffer is None or buffer.numel() < num_elements:
             # Made in inference mode, it could not be written to outside.
             with torch.inference_mode(False):
-                buffer = torch.empty(num_elements, device=like.device, dtype=like.dtype)
+                buffer = torch.empty(num_elements, device=device, dtype=dtype)
             if type(buffer) is Tensor:  # no stand-in of a tracing mode
                 self.buffers[key] = buffer
         return buffer[:num_elements]
@@ -32,9 +32,9 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def take_scratch(shape: tuple[int, int], like: Tensor) -> Tensor:
-    """Memory for a decoded weight, of the dtype and device of a tensor; overwritten by the next one."""
-    return _scratch.take(shape[0] * shape[1], like).view(shape)
+def take_scratch(shape: tuple[int, int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for a decoded weight, where a tensor is and of its dtype; overwritten by the next one."""
+    return _scratch.take(shape[0] * shape[1], like.device, dtype or like.dtype).view(shape)
 
 
 def release_scratch() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,12 +16,16 @@ from graft.kernels.reference import Rounding
 from graft.kernels.reference_linear import take_scratch
 from graft.kernels.sizes import ABSMAX_BLOCKSIZE
 from graft.kernels.table import Backend, OpTable
+from graft.kernels.wide import FillPart, is_wide, wide_linear, wide_linear_backward
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The numbers of the dtypes in source/graft.h."""
 
-MAX_FUSED_ROWS = 32
-"""Rows of x up to which decoding inside the product beats decoding first and a dense product."""
+WIDE = {torch.bfloat16: 3, torch.float16: 4}
+"""Of floats that hold what these dtypes can."""
+
+MAX_FUSED_ROWS = {"avx512": 32, "avx2": 64}
+"""Rows of x up to which decoding inside the product beats decoding first; 32 with other instruction sets."""
 
 PART_ELEMENTS = 1 << 22
 MAX_ROWS_IN_PARTS = 512
@@ -131,9 +136,14 @@ def quantized_linear(  # noqa: PLR0913 - what one weight is made of
     weight, _held = _weight(codes, scales, shifts, codebook, bits, blocksize, in_features * out_features)
     rows = x.numel() // in_features
     fits = in_features % 32 == 0 and 4 * in_features <= MAX_FUSED_BLOCKS * blocksize
-    plain = x.dtype != torch.float16 and not (bits == 8 and shifts)
-    if 0 < rows <= MAX_FUSED_ROWS and fits and plain:
+    wide = is_wide(x.dtype, "cpu")
+    tier = library.tier()
+    plain = (x.dtype != torch.float16 or tier != "avx512") and not (bits == 8 and shifts)
+    if 0 < rows <= MAX_FUSED_ROWS.get(tier, 32) and fits and plain:
         return _fused_product(x.contiguous(), weight, bias, rows)
+    if wide:
+        fill = _filler(weight, in_features, x.dtype)
+        return wide_linear(x, out_features, fill, bias, _rows_to_whole_blocks(in_features, blocksize))
     return _product_in_parts(x, weight, bias, _rows_of_part(rows, in_features, out_features, blocksize))
 
 
@@ -170,6 +180,10 @@ def quantized_linear_backward(
 ) -> Tensor:
     """See the reference."""
     shape = (grad.shape[-1], in_features)
+    if is_wide(grad.dtype, "cpu"):
+        stored, _held = _weight(codes, scales, shifts, codebook, bits, blocksize, shape[0] * in_features)
+        fill = _filler(stored, in_features, grad.dtype)
+        return wide_linear_backward(grad, in_features, fill, _rows_to_whole_blocks(in_features, blocksize))
     weight = _dense(grad, codes, scales, shifts, codebook, bits, blocksize, shape)
     return torch.matmul(grad, weight)
 
@@ -192,6 +206,21 @@ def _product_in_parts(x: Tensor, weight: library.Weight, bias: Tensor | None, pa
         _decode(weight, start * in_features, stop * in_features, dense)
         products.append(torch.nn.functional.linear(x, dense, None if bias is None else bias[start:stop]))
     return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+
+
+def _rows_to_whole_blocks(in_features: int, blocksize: int) -> int:
+    return blocksize // math.gcd(in_features, blocksize)
+
+
+def _filler(weight: library.Weight, in_features: int, dtype: torch.dtype) -> FillPart:
+    """Decodes rows of a weight into floats that hold what this dtype can."""
+    decode = library.library().graft_decode
+
+    def fill(start: int, stop: int, out: Tensor) -> None:
+        begin, end = start * in_features, stop * in_features
+        decode(ctypes.byref(weight), begin, end, _address(out), WIDE[dtype], False, torch.get_num_threads())
+
+    return fill
 
 
 def _decode(weight: library.Weight, begin: int, end: int, out: Tensor, *, past_cache: bool = False) -> None:

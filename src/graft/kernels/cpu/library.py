@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-VERSION = 3
+VERSION = 4
 """Of the functions' arguments; the library has to say the same."""
 
 SOURCES = Path(__file__).parent / "source"
@@ -94,6 +94,7 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+@cache
 def tier() -> str:
     """The instruction set that runs: avx512, avx2, neon or scalar."""
     return str(library().graft_tier().decode())
@@ -106,6 +107,7 @@ def tiers() -> list[str]:
         if lib.graft_force_tier(name.encode()):
             found.append(name)
     lib.graft_force_tier(None)
+    tier.cache_clear()
     return found
 
 
@@ -115,6 +117,7 @@ def force_tier(name: str | None) -> None:
     Raises:
         ValueError: This machine does not have it.
     """
+    tier.cache_clear()
     if not library().graft_force_tier(None if name is None else name.encode()):
         raise ValueError(f"this machine ({platform.machine()}) cannot run {name!r}")
 

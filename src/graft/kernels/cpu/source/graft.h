@@ -12,7 +12,9 @@
 
 extern "C" {
 
-enum GraftDtype { GRAFT_F32 = 0, GRAFT_BF16 = 1, GRAFT_F16 = 2 };
+// The wide ones are floats that hold what bfloat16 and float16 can: the weight of a product in float that shall
+// be the weight of one in halves.
+enum GraftDtype { GRAFT_F32 = 0, GRAFT_BF16 = 1, GRAFT_F16 = 2, GRAFT_BF16_WIDE = 3, GRAFT_F16_WIDE = 4 };
 
 // One number for each block: floats, or with double quantization 8-bit codes of them.
 struct GraftPerBlock {
@@ -53,7 +55,7 @@ struct GraftProduct {
   int64_t rows;
   int64_t in_features;
   int64_t out_features;
-  int32_t dtype;  // of x: float or bfloat16
+  int32_t dtype;  // of x
 };
 
 }  // extern "C"

@@ -82,7 +82,7 @@ void over_elements(int64_t begin, int64_t end, int32_t num_threads, Run run) {
 using graft::Rounding;
 using graft::Tier;
 
-GRAFT_API int32_t graft_version() { return 3; }
+GRAFT_API int32_t graft_version() { return 4; }
 
 GRAFT_API const char* graft_tier() { return graft::tier().name; }
 
@@ -100,7 +100,7 @@ GRAFT_API void graft_decode(const GraftWeight* weight, int64_t begin, int64_t en
                             int32_t past_cache, int32_t num_threads) {
   const Tier& tier = graft::tier();
   const Rounding& rounding = graft::rounding_of(weight->codebook, weight->bits);
-  const int64_t element_bytes = dtype == GRAFT_F32 ? 4 : 2, num_bytes = (end - begin) * element_bytes;
+  const int64_t element_bytes = dtype == GRAFT_BF16 || dtype == GRAFT_F16 ? 2 : 4, num_bytes = (end - begin) * element_bytes;
   if (num_bytes >= 2 * graft::kHugePage) graft::advise_huge(out, num_bytes);
   const bool around = past_cache && num_bytes >= graft::kCacheBytes && uintptr_t(out) % 64 == 0;
   void* origin = static_cast<char*>(out) - begin * element_bytes;  // where element 0 would be

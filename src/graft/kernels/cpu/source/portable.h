@@ -65,6 +65,10 @@ static void decode(const GraftWeight& w, const Rounding&, int64_t begin, int64_t
   if (dtype == GRAFT_F32) decode_as<float>(w, begin, end, out, [](float value) { return value; });
   if (dtype == GRAFT_BF16) decode_as<uint16_t>(w, begin, end, out, to_bf16);
   if (dtype == GRAFT_F16) decode_as<uint16_t>(w, begin, end, out, to_f16);
+  if (dtype == GRAFT_BF16_WIDE)
+    decode_as<float>(w, begin, end, out, [](float value) { return from_bf16(to_bf16(value)); });
+  if (dtype == GRAFT_F16_WIDE)
+    decode_as<float>(w, begin, end, out, [](float value) { return from_f16(to_f16(value)); });
 }
 
 // ---- encode ----
@@ -125,6 +129,10 @@ static void widen(const GraftProduct& p, void* x_wide) {
   widen_to(p.x, p.dtype, 0, p.rows * p.in_features, static_cast<float*>(x_wide));
 }
 
+static inline float rounded_to(int32_t dtype, float value) {
+  return dtype == GRAFT_BF16 ? from_bf16(to_bf16(value)) : dtype == GRAFT_F16 ? from_f16(to_f16(value)) : value;
+}
+
 // The values of `count` elements of one row, rounded as a dense weight of x's dtype would be.
 static void decode_row(const GraftProduct& p, const Rounding& r, int64_t begin, int64_t count, float* out) {
   const GraftWeight& w = p.weight;
@@ -135,13 +143,11 @@ static void decode_row(const GraftProduct& p, const Rounding& r, int64_t begin, 
     if (w.bits == 8) {
       const float scale = number_of(w.scales, block);
       for (int64_t i = 0; i < n; i++) out[done + i] = r.codebook[w.codes[at + i]] * scale;
-      if (p.dtype == GRAFT_BF16)
-        for (int64_t i = 0; i < n; i++) out[done + i] = from_bf16(to_bf16(out[done + i]));
+      for (int64_t i = 0; i < n; i++) out[done + i] = rounded_to(p.dtype, out[done + i]);
     } else {
       float values[16];
       values_of_block(w, block, values);
-      if (p.dtype == GRAFT_BF16)
-        for (int i = 0; i < 16; i++) values[i] = from_bf16(to_bf16(values[i]));
+      for (int i = 0; i < 16; i++) values[i] = rounded_to(p.dtype, values[i]);
       unpack_codes(w.codes + at * w.bits / 8, w.bits, n, codes);
       gather(codes, n, values, out + done);
     }
@@ -170,7 +176,7 @@ static void store(const GraftProduct& p, int64_t row, int64_t column, float sum)
   const int64_t at = row * p.out_features + column;
   if (p.bias) sum += load_float(p.bias, p.dtype, column);
   if (p.dtype == GRAFT_F32) static_cast<float*>(p.y)[at] = sum;
-  else static_cast<uint16_t*>(p.y)[at] = to_bf16(sum);
+  else static_cast<uint16_t*>(p.y)[at] = p.dtype == GRAFT_BF16 ? to_bf16(sum) : to_f16(sum);
 }
 
 static void product(const GraftProduct& p, const Rounding& r, int64_t begin, int64_t end, const void* x_wide) {

@@ -47,8 +47,12 @@ static inline void gather(const uint8_t* codes, int64_t count, const float* tabl
 
 #include "portable.h"
 
+#include "avx2_decode.h"
+#include "avx2_encode.h"
+#include "avx2_product.h"
+
 }  // namespace
 
-extern const Tier avx2_tier = {"avx2", decode, encode, product, wide_bytes, widen};
+extern const Tier avx2_tier = {"avx2", decode_all, encode_all, multiply_all, wide_bytes, widen_product};
 
 }  // namespace graft

@@ -299,12 +299,27 @@ static void decode_8(const GraftWeight& w, const Rounding& r, int64_t begin, int
   if (dtype == GRAFT_F16) decode_run_8<GRAFT_F16>(w, r, begin, end, static_cast<uint16_t*>(out) + begin);
 }
 
-static void decode(const GraftWeight& w, const Rounding& r, int64_t begin, int64_t end, void* out, int32_t dtype,
-                   bool past_cache) {
+static void decode_halves_or_floats(const GraftWeight& w, const Rounding& r, int64_t begin, int64_t end, void* out,
+                                    int32_t dtype, bool past_cache) {
   if (w.bits == 2) decode_low_bits<2>(w, r, begin, end, out, dtype, past_cache);
   if (w.bits == 3) decode_low_bits<3>(w, r, begin, end, out, dtype, past_cache);
   if (w.bits == 4) decode_low_bits<4>(w, r, begin, end, out, dtype, past_cache);
   if (w.bits == 8) decode_8(w, r, begin, end, out, dtype);
+}
+
+static void decode(const GraftWeight& w, const Rounding& r, int64_t begin, int64_t end, void* out, int32_t dtype,
+                   bool past_cache) {
+  if (dtype != GRAFT_BF16_WIDE && dtype != GRAFT_F16_WIDE)
+    return decode_halves_or_floats(w, r, begin, end, out, dtype, past_cache);
+  // Whole blocks at a time: every blocksize divides the buffer.
+  uint16_t halves[kBuffer];
+  float* floats = static_cast<float*>(out);
+  const int32_t narrow = dtype == GRAFT_BF16_WIDE ? GRAFT_BF16 : GRAFT_F16;
+  for (int64_t at = begin; at < end; at += kBuffer) {
+    const int64_t stop = end - at < kBuffer ? end : at + kBuffer;
+    decode_halves_or_floats(w, r, at, stop, halves - at, narrow, false);
+    for (int64_t i = at; i < stop; i++) floats[i] = load_float(halves, narrow, i - at);
+  }
 }
 
 // ---- values to codes ----
