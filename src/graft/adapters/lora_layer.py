@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from graft.kernels.wide import is_wide
 from graft.models.layers import BaseLayer
 
 
@@ -105,16 +106,16 @@ class LoraUpdate(Function):
     ) -> Tensor:
         """One dtype in x (..., in) and base_output (..., out); in_place writes into base_output."""
         out_features, in_features = lora_B.shape[0], lora_A.shape[1]
+        dtype = _product_dtype(x)
         with _no_autocast(x.device.type):
-            down = x.reshape(-1, in_features) @ lora_A.to(x.dtype).t()
+            down = x.reshape(-1, in_features).to(dtype) @ lora_A.to(dtype).t()
             flat = base_output.view(-1, out_features) if in_place else base_output.reshape(-1, out_features)
-            up = lora_B.to(x.dtype).t()
-            if in_place:
-                flat.addmm_(down, up, alpha=scaling)
-                ctx.mark_dirty(base_output)
-                result = base_output
-            else:
-                result = torch.addmm(flat, down, up, alpha=scaling).view(base_output.shape)
+            result = _plus_product(flat, down, lora_B.to(dtype).t(), scaling, in_place)
+        if in_place:
+            ctx.mark_dirty(base_output)
+            result = base_output
+        else:
+            result = result.view(base_output.shape)
         ctx.scaling = scaling
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, down, lora_A, lora_B)
         ctx.x_shape = x.shape
@@ -128,13 +129,14 @@ class LoraUpdate(Function):
         needs_x, needs_base, needs_A, needs_B = ctx.needs_input_grad[:4]
         grad_x = grad_A = grad_B = None
         with _no_autocast(grad.device.type):
-            flat = grad.reshape(-1, lora_B.shape[0])
+            flat = grad.reshape(-1, lora_B.shape[0]).to(down.dtype)
             if needs_x or needs_A:
-                grad_down = (flat @ lora_B.to(grad.dtype)).mul_(ctx.scaling)
+                grad_down = (flat @ lora_B.to(down.dtype)).mul_(ctx.scaling)
                 if needs_x:
-                    grad_x = (grad_down @ lora_A.to(grad.dtype)).view(ctx.x_shape)
+                    grad_x = (grad_down @ lora_A.to(down.dtype)).to(grad.dtype).view(ctx.x_shape)
                 if needs_A:
-                    grad_A = (grad_down.t() @ x.reshape(-1, lora_A.shape[1])).to(lora_A.dtype)
+                    wide = x.reshape(-1, lora_A.shape[1]).to(down.dtype)
+                    grad_A = (grad_down.t() @ wide).to(lora_A.dtype)
             if needs_B:
                 grad_B = (flat.t() @ down).to(lora_B.dtype).mul_(ctx.scaling)
         return grad_x, grad if needs_base else None, grad_A, grad_B, None, None
@@ -186,6 +188,19 @@ class LoraEmbedding(nn.Module):
     def merged_weight(self, base: BaseLayer, weight: Tensor) -> Tensor:
         """W + scaling * B A, where W is (out, in) = (dimension, tokens), fp32; not changed."""
         return _folded(weight, self.lora_embedding_A, self.lora_embedding_B, self.scaling)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if is_wide(x.dtype, x.device.type) else x.dtype
+
+
+def _plus_product(flat: Tensor, down: Tensor, up: Tensor, scaling: float, in_place: bool) -> Tensor:
+    """Flat + scaling * down up; down and up may be of a wider dtype."""
+    if flat.dtype == down.dtype:
+        add = flat.addmm_ if in_place else flat.addmm
+        return add(down, up, alpha=scaling)
+    into = flat if in_place else flat.clone()
+    return into.add_(down @ up, alpha=scaling)  # summed in the wider one, rounded once
 
 
 def _folded(weight: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:

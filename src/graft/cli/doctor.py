@@ -20,11 +20,16 @@ def doctor(
     import torch
 
     from graft import kernels
+    from graft.kernels.wide import is_wide
 
     machine = {
         "python": platform.python_version(),
         "processor": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "products": {
+            str(dtype).removeprefix("torch."): "in float32" if is_wide(dtype, "cpu") else "its own"
+            for dtype in (torch.bfloat16, torch.float16)
+        },
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -40,10 +45,7 @@ def doctor(
     ]
     text = "\n".join(
         [
-            *(
-                f"{name:15} {value:,}" if isinstance(value, int) else f"{name:15} {value}"
-                for name, value in machine.items()
-            ),
+            *(f"{name:15} {_spelled(value)}" for name, value in machine.items()),
             "",
             *(f"{name:15} {number}" for name, number in packages.items()),
             "",
@@ -56,3 +58,9 @@ def doctor(
         ]
     )
     answer.success(as_json, {"machine": machine, "packages": packages, "operations": operations}, text)
+
+
+def _spelled(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {what}" for name, what in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)

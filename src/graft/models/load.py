@@ -45,6 +45,7 @@ from graft.models.save import guard_save_pretrained
 from graft.models.shards import StoredTensor
 from graft.models.stream import Progress, TensorStream, spare_core
 from graft.models.tokenizer import load_tokenizer
+from graft.models.wide_layers import widen
 from graft.quant.config import QuantizationConfig
 from graft.quant.linear import QuantizedLinear
 from graft.quant.tensor import QuantizedTensor
@@ -207,6 +208,7 @@ def _labelled(base: BaseModel) -> BaseModel:
     base.model.graft_name = base.name
     base.model.graft_revision = base.revision
     guard_save_pretrained(base.model)
+    widen(base.model)
     return base
 
 

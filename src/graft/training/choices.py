@@ -12,6 +12,7 @@ from graft.config import to_dict
 from graft.data.loader import Loader
 from graft.data.prepare import Dataset
 from graft.errors import ConfigError, TrainingError
+from graft.kernels.wide import is_wide
 from graft.models.load import BaseModel
 from graft.training.config import RunConfig, TrainingConfig
 
@@ -91,11 +92,16 @@ def precision(
             where="model.dtype",
             fix="bfloat16 or float32",
         )
+    device_type = next(base.model.parameters()).device.type
+    slow = f"this processor has no products of {base.dtype}"
     if adapter is not None:
-        return None, {"precision": f"adapter in float32, base and activations in {base.dtype}"}
+        wide = f"; products in float32: {slow}" if is_wide(base.dtype, device_type) else ""
+        return None, {"precision": f"adapter in float32, base and activations in {base.dtype}{wide}"}
     compute = getattr(torch, asked) if asked else base.dtype
     if compute == torch.float32:
         return None, {"precision": "weights and activations in float32"}
+    if not asked and is_wide(compute, device_type):
+        return None, {"precision": f"weights and activations in float32: {slow}; set model.dtype to insist"}
     return compute, {"precision": f"weights in float32, matrix products in {compute}"}
 
 
