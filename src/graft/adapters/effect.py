@@ -59,23 +59,24 @@ def factors(layer: Any) -> tuple[Tensor, Tensor] | None:
     return None
 
 
-def is_idle(model: nn.Module, name: str) -> bool:
-    """Whether an adapter leaves every output as it is: its updates are zero, its copies the originals.
+def idle_layers(model: nn.Module, name: str) -> list[str]:
+    """Paths of the layers and saved modules of an adapter that leave every output as it is.
 
-    Cost: reads lora_B of every layer until one acts, so next to nothing for an adapter that acts.
+    An update of two factors is idle where one of them is zero, a saved module where it is a copy.
+
+    Cost: reads both factors of every layer; for a module trained in full, module and original.
     """
-    for layer in adapted_layers(model, name).values():
+    idle = []
+    for path, layer in adapted_layers(model, name).items():
         pair = factors(layer)
-        if pair is None or (bool(pair[1].any()) and bool(pair[0].any())):
-            return False
+        if pair is not None and not (bool(pair[1].any()) and bool(pair[0].any())):
+            idle.append(path)
     for path in adapter(model, name).saved_modules:
         module: Any = model.get_submodule(path)
         copies = module.tensors(name)
-        if any(
-            not torch.equal(copies[leaf].to(old), old) for leaf, old in module.original.named_parameters()
-        ):
-            return False
-    return True
+        if all(torch.equal(copies[leaf].to(old), old) for leaf, old in module.original.named_parameters()):
+            idle.append(path)
+    return idle
 
 
 @contextlib.contextmanager

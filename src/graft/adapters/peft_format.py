@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,17 @@ import torch
 from torch import nn
 
 from graft.adapters.adapted import unwrapped
-from graft.adapters.attach import check_name, install
-from graft.adapters.attached import Adapter, adapter, adapter_tensors, adapters_of
+from graft.adapters.attach import check_name, detach, install
+from graft.adapters.attached import (
+    Adapter,
+    active_adapters,
+    adapter,
+    adapter_tensors,
+    adapters_of,
+    set_active,
+)
 from graft.adapters.base import method_of
-from graft.adapters.effect import is_idle
+from graft.adapters.effect import idle_layers
 from graft.adapters.peft_config import PeftSettings, directory_of, read_settings, write_settings
 from graft.adapters.peft_stacks import current_names, split_stacks
 from graft.adapters.peft_tensors import (
@@ -114,7 +121,8 @@ def load_adapter(
     """Put an adapter from a directory into a model and make it the active one.
 
     Every tensor of the file is used, and every tensor that the settings call for must be there, in its shape
-    and finite. Nothing is changed in the model until all of that is known.
+    and finite. Nothing is changed in the model until all of that is known. To be used, not trained, it must
+    change an output.
 
     Args:
         model: The base model, with or without other adapters.
@@ -127,8 +135,8 @@ def load_adapter(
         The adapter, with notes on what its user should know.
 
     Raises:
-        AdapterError: The files are missing, damaged, hold NaN, do not fit the model, or use an option that is
-            not supported; file and tensor are named.
+        AdapterError: The files are missing, damaged, hold NaN, do not fit the model, change nothing or use an
+            option that is not supported; file and tensor are named.
         FingerprintError: The adapter belongs to another base.
     """
     directory = directory_of(directory, "directory")
@@ -156,6 +164,7 @@ def load_adapter(
     values = read_tensors(stored, side, directory / WEIGHTS)
     for key in copies:
         check_base_copy(model, key, values.pop(key), directory / WEIGHTS)
+    before = active_adapters(model)
     made = install(model, settings.config, settings.selection, name, seed=None, strict=False)
     for key, tensor in adapter_tensors(model, name).items():
         with torch.no_grad():
@@ -165,12 +174,27 @@ def load_adapter(
     made.forced_base = forced or (side is not None and side.forced_base)
     made.facts = dict(side.facts) if side is not None else {}
     made.notes += [*notes, *settings.notes]
-    if not trainable and is_idle(model, name):
-        made.notes.append("its updates are all zero: it changes nothing; was it ever trained?")
+    if not trainable:
+        _check_effect(model, made, before, directory)
     here = getattr(model, "graft_name", None)
     if side is None and settings.base_name and here and here != settings.base_name:
         made.notes.append(f"{CONFIG} names the base {settings.base_name!r}, this one is {here!r}")
     return made
+
+
+def _check_effect(model: nn.Module, made: Adapter, before: Sequence[str], directory: Path) -> None:
+    idle, places = idle_layers(model, made.name), (*made.targets, *made.saved_modules)
+    if len(idle) == len(places):
+        detach(model, made.name)
+        set_active(model, list(before))
+        raise AdapterError(
+            f"none of its {len(places)} layers changes any output: was it ever trained?",
+            where=str(directory / WEIGHTS),
+            fix="train it first (graft.load_adapter(..., trainable=True) takes it for that)",
+        )
+    if idle:
+        some = ", ".join([*idle[:5], *(["..."] if len(idle) > 5 else [])])
+        made.notes.append(f"{len(idle)} of its {len(places)} layers change nothing: {some}")
 
 
 def _free_name(model: nn.Module, directory: Path) -> str:

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from graft.adapters.attach import attach
-from graft.adapters.attached import adapter_tensors
-from graft.adapters.effect import is_idle
+from graft.adapters.attached import active_adapters, adapter_tensors, adapters_of
+from graft.adapters.effect import idle_layers
 from graft.adapters.lora import LoraConfig
 from graft.adapters.peft_format import load_adapter, save_adapter
 from graft.config import build, read_assignments
+from graft.errors import AdapterError
 from graft.models.load import load
 from graft.training.base_watch import BaseWatch, sampled
 from graft.training.build import resume, run_from_config, train
@@ -195,18 +196,24 @@ def test_a_full_digest_sees_one_number() -> None:
     assert watch.changed([("weight", tensor)], full=True) == ["weight"]
 
 
-def test_an_adapter_without_effect_is_told(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_adapter_without_effect_is_refused_for_use(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
     base = load(tiny_dir("llama"))
     attach(base.model, LoraConfig(rank=2, modules_to_save=("lm_head",)))
-    assert is_idle(base.model, "default")
+    places = [*adapters_of(base.model)["default"].targets, "lm_head"]
+    assert sorted(idle_layers(base.model, "default")) == sorted(places)
     save_adapter(base.model, tmp_path / "idle")
-    name = "model.layers.1.mlp.up_proj.lora_B.weight"
+    path = "model.layers.1.mlp.up_proj"
     with torch.no_grad():
-        adapter_tensors(base.model)[name][3, 1] = 0.5
-    assert not is_idle(base.model, "default")
+        adapter_tensors(base.model)[f"{path}.lora_B.weight"][3, 1] = 0.5
+    assert sorted(idle_layers(base.model, "default")) == sorted(set(places) - {path})
     save_adapter(base.model, tmp_path / "acting")
-    for directory, told in (("idle", True), ("acting", False)):
-        loaded = load_adapter(load(tiny_dir("llama")).model, tmp_path / directory)
-        assert any("changes nothing" in note for note in loaded.notes) == told
+    user = load(tiny_dir("llama")).model
+    acting = load_adapter(user, tmp_path / "acting")
+    assert any(f"{len(places) - 1} of its {len(places)} layers change nothing" in n for n in acting.notes)
+    names = [name for name, _ in user.named_modules()]
+    with pytest.raises(AdapterError, match=f"none of its {len(places)} layers changes any output"):
+        load_adapter(user, tmp_path / "idle", "other")
+    assert [name for name, _ in user.named_modules()] == names
+    assert active_adapters(user) == (acting.name,)
     further = load_adapter(load(tiny_dir("llama")).model, tmp_path / "idle", trainable=True)
-    assert not any("changes nothing" in note for note in further.notes)
+    assert not any("change nothing" in note for note in further.notes)
