@@ -100,15 +100,18 @@ VALUES: dict[str, dict[str, str]] = {
 
 REFUSED_VALUES: dict[str, dict[str, tuple[str, str]]] = {
     "training.optimizer": {
-        name: ("states are not moved to host memory under pressure (paging)", fix)
-        for name, fix in {
-            "paged_adamw": "adamw, or adamw_8bit, whose states take a quarter",
-            "paged_adamw_32bit": "adamw, or adamw_8bit, whose states take a quarter",
-            "paged_adamw_8bit": "adamw_8bit: the same steps, with its states on the device",
-            "paged_lion": "lion",
-            "paged_lion_32bit": "lion",
-            "paged_lion_8bit": "lion, with a moment in float32",
-        }.items()
+        name: (
+            "paging takes a budget: training.optimizer_memory",
+            f"{ours}, with optimizer_memory: 1GB{more}",
+        )
+        for name, ours, more in (
+            ("paged_adamw", "adamw", ""),
+            ("paged_adamw_32bit", "adamw", ""),
+            ("paged_adamw_8bit", "adamw_8bit", ""),
+            ("paged_lion", "lion", ""),
+            ("paged_lion_32bit", "lion", ""),
+            ("paged_lion_8bit", "lion", ", with a moment in float32"),
+        )
     },
 }
 """Values of other tools that graft has nothing for: the reason, and what to take."""

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -98,6 +99,42 @@ def write_tensors(
         # safetensors tells of a full disk with an error of its own that is no OSError.
         size = sum(value.numel() * value.element_size() for value in tensors.values())
         _refuse(error, Path(path), size)
+
+
+def scratch_file(directory: str | os.PathLike[str], num_bytes: int) -> int:
+    """Open a file without a name, which is gone when it is closed or the process ends.
+
+    Args:
+        directory: On the disk that holds it.
+        num_bytes: Its length; the disk sets them aside at once.
+
+    Returns:
+        The handle, for reading and writing.
+
+    Raises:
+        StorageError: The directory cannot be written, or has not so many bytes free.
+    """
+    # Where a system has no files without names, a kill in this instant leaves one that may be deleted.
+    with (
+        refusing(Path(directory) / "scratch file", num_bytes),
+        tempfile.TemporaryFile(dir=directory, prefix=".", suffix=PARTIAL) as file,
+    ):
+        if num_bytes:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+        return os.dup(file.fileno())
+
+
+@contextlib.contextmanager
+def refusing(path: str | os.PathLike[str], num_bytes: int) -> Iterator[None]:
+    """Within the block an error of the system says what could not be written, and how much room there is.
+
+    Raises:
+        StorageError: In its place.
+    """
+    try:
+        yield
+    except OSError as error:
+        _refuse(error, Path(path), num_bytes)
 
 
 @contextlib.contextmanager

@@ -8,16 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graft.adapters.attach import attach
 from graft.adapters.attached import adapter_tensors
 from graft.adapters.lora import LoraConfig
+from graft.kernels.reference import Rounding
 from graft.models.load import load
 from graft.training.adamw_8bit import AdamW8bit
 from graft.training.config import TrainingConfig
+from graft.training.flat_state import FlatState
 from graft.training.groups import Treatment, treatments
 from graft.training.optim import Optimizer
+from graft.training.pages import Kind
+from graft.training.paging import Paging, pages_and_store
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -39,18 +43,31 @@ def give_gradients(ours: dict[str, nn.Parameter], theirs: dict[str, nn.Parameter
         theirs[name].grad = parameter.grad.clone()
 
 
+def alone_in_8_bits(
+    params: dict[str, nn.Parameter], config: TrainingConfig, rounding: Rounding = "nearest"
+) -> FlatState:
+    """The rule over all tensors, whatever their size, without clipping."""
+    rule = AdamW8bit(config, torch.device("cpu"), rounding)
+    kinds = {name: Kind(rule, 1.0, config.weight_decay, p.dtype) for name, p in params.items()}
+    return FlatState(params, *pages_and_store(params, kinds, Paging(None, None, ".")))
+
+
+def loaded(optimizer: FlatState, name: str) -> dict[str, Tensor]:
+    return {part: value.load() for part, value in optimizer.state(name).items()}
+
+
 def test_through_the_grid_every_bit_is_bitsandbytes() -> None:
     ours, theirs = pairs()
     config = TrainingConfig(weight_decay=0.1, adam_beta2=0.95, adam_epsilon=1e-6)
-    mine = AdamW8bit(ours, dict.fromkeys(ours, Treatment()), config, rounding="grid")
+    mine = alone_in_8_bits(ours, config, rounding="grid")
     settings: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
     peer = bnb.optim.AdamW8bit(theirs.values(), **settings)
     for seed in range(8):
         give_gradients(ours, theirs, seed)
-        mine.step(1e-3)
+        mine.step(1e-3, {})
         peer.step()
         for name, other in theirs.items():
-            state, held = mine.state(name), peer.state[other]
+            state, held = loaded(mine, name), peer.state[other]
             assert torch.equal(ours[name], other), (seed, name)
             for part, their in (("exp_avg", "1"), ("exp_avg_sq", "2")):
                 assert torch.equal(state[part], held[f"state{their}"])
@@ -64,15 +81,15 @@ def test_without_the_grid_codes_differ_where_the_grid_is_coarse() -> None:
     grid is coarser than the map: bitsandbytes has no second moment under 1.5e-5 of the largest on CPU.
     """
     ours, theirs = pairs()
-    mine = AdamW8bit(ours, dict.fromkeys(ours, Treatment()), TrainingConfig())
+    mine = alone_in_8_bits(ours, TrainingConfig())
     peer = bnb.optim.AdamW8bit(theirs.values(), lr=1e-3, weight_decay=0.0)
     give_gradients(ours, theirs, 0)
-    mine.step(1e-3)
+    mine.step(1e-3, {})
     peer.step()
     for name, other in theirs.items():
         assert torch.equal(ours[name], other)  # nothing was decoded yet
         held = peer.state[other]
-        state = mine.state(name)
+        state = loaded(mine, name)
         for part, their, least in (("exp_avg", "1", 1e-3), ("exp_avg_sq", "2", 1e-2)):
             book = held[f"qmap{their}"]
             codes, peers = state[part].flatten().int(), held[f"state{their}"].flatten().int()

@@ -22,6 +22,8 @@ from torch import Tensor
 from graft import files
 from graft.errors import CheckpointError, StorageError
 from graft.runs import RunDirectory
+from graft.training.flat_state import Pending
+from graft.training.state_file import StoredState, write_state
 from graft.training.stopping import BestEval
 
 FORMAT = 2
@@ -63,7 +65,7 @@ def save_checkpoint(
     run: RunDirectory,
     position: Position,
     trained: Mapping[str, Tensor],
-    optimizer_state: Mapping[str, Tensor],
+    optimizer_state: Mapping[str, Tensor | Pending],
     keep: int,
     settings: Mapping[str, Any],
 ) -> Path:
@@ -73,7 +75,7 @@ def save_checkpoint(
         run: Where to.
         position: Where the run stands.
         trained: The trained tensors by name.
-        optimizer_state: What the optimizer's `state` gave.
+        optimizer_state: What the optimizer's `pending_state` gave: made and written one by one.
         keep: Newest checkpoints to keep.
         settings: What the run must have the same when it goes on, by name.
 
@@ -84,14 +86,14 @@ def save_checkpoint(
         StorageError: It could not be written; the earlier checkpoints stand.
     """
     path = run.checkpoint_path(position.step)
-    tensors = {f"trained|{name}": value.detach().contiguous() for name, value in trained.items()}
-    tensors |= {f"optimizer|{name}": value.contiguous() for name, value in optimizer_state.items()}
+    tensors: dict[str, Tensor | Pending] = {f"trained|{name}": value for name, value in trained.items()}
+    tensors |= {f"optimizer|{name}": value for name, value in optimizer_state.items()}
     tensors["random|torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random|cuda"] = torch.cuda.get_rng_state()
     with files.new_directory(path, replace=True) as partial:
         try:
-            files.write_tensors(tensors, partial / TENSORS)
+            write_state(tensors, partial / TENSORS)
         except StorageError as error:
             raise StorageError(
                 f"the checkpoint {error.what}",
@@ -131,7 +133,7 @@ class Checkpoint:
         path: Its directory.
         position: Where the run stood.
         trained: The trained tensors.
-        optimizer: The optimizer's state.
+        optimizer: The optimizer's state, read from the file tensor by tensor.
         random: Random-number states by device type.
         num_threads: Threads of the process that wrote it.
         settings: What the run had, by name.
@@ -140,7 +142,7 @@ class Checkpoint:
     path: Path
     position: Position
     trained: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    optimizer: Mapping[str, Tensor]
     random: dict[str, Tensor]
     num_threads: int
     settings: dict[str, Any]
@@ -153,7 +155,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: A file is missing or its digest is another one.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
         state: dict[str, Any] = files.read_json(path / STATE)
@@ -165,15 +166,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 f"{TENSORS} has digest {digest[:12]}, the checkpoint says {state['sha256'][:12]}",
                 where=str(path),
             )
-        tensors = load_file(path / TENSORS)
         position = state["position"]
         position["best"] = BestEval(**position["best"])
         return Checkpoint(
             path,
             Position(**position),
-            _part(tensors, "trained"),
-            _part(tensors, "optimizer"),
-            _part(tensors, "random"),
+            dict(StoredState(path / TENSORS, "trained|")),
+            StoredState(path / TENSORS, "optimizer|"),
+            dict(StoredState(path / TENSORS, "random|")),
             int(state["num_threads"]),
             dict(state["settings"]),
         )
@@ -181,12 +181,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"is damaged: {error}", where=str(path), fix="use an older checkpoint"
         ) from error
-
-
-def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(f"{part}|"): value for name, value in tensors.items() if name.startswith(f"{part}|")
-    }
 
 
 def newest_checkpoint(run: RunDirectory, say: Callable[[str], None]) -> Checkpoint | None:

@@ -28,6 +28,9 @@ WITHOUT_EFFECT = (
     "training.keep_best_checkpoints",
     "training.save_steps",
     "training.audit",
+    "training.optimizer_memory",
+    "training.optimizer_host_memory",
+    "training.optimizer_spill",
 )
 """Fields that change no weight and no line of the log."""
 

@@ -9,6 +9,7 @@ from graft.adapters.lora import LoraConfig
 from graft.data.config import DataConfig
 from graft.errors import ConfigError
 from graft.quant.config import QuantizationConfig
+from graft.training.sizes import check_paging
 
 MOST_EPOCHS = 1e9
 """More passes than any run makes; far beyond it a number of steps is no exact number any more."""
@@ -62,10 +63,22 @@ class TrainingConfig:
     """Learning rate of lora_B over that of the rest (LoRA+, which finds 16 good)."""
     embedding_learning_rate: float | None = None
     """Peak learning rate of embeddings, of the output head and of modules_to_save; null takes the others'."""
+    lora_A_learning_rate: float | None = None  # noqa: N815 - the tensor's name
+    """Peak learning rate of lora_A; null takes the others'."""
+    lora_B_learning_rate: float | None = None  # noqa: N815
+    """Peak learning rate of lora_B, in place of lora_plus_ratio."""
+    magnitude_learning_rate: float | None = None
+    """Peak learning rate of magnitude vectors (DoRA); null takes the others'."""
+    head_learning_rate: float | None = None
+    """Peak learning rate of an output or classification head; null takes that of embeddings."""
     optimizer: Literal["adamw", "adamw_8bit", "sgd", "lion"] = "adamw"
     """The update rule; adamw_8bit keeps two bytes for each trained number where adamw keeps eight."""
     weight_decay: float = 0.0
     """Decoupled weight decay, on matrices only, and not on embeddings."""
+    head_weight_decay: float | None = None
+    """Weight decay of matrices of an output or classification head; null takes weight_decay."""
+    embedding_weight_decay: float | None = None
+    """Weight decay of embeddings; null takes none, and weight_decay for adapters on them."""
     adam_beta1: float = 0.9
     """Decay of AdamW's first moment."""
     adam_beta2: float = 0.999
@@ -80,6 +93,17 @@ class TrainingConfig:
     """Decay of lion's momentum."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 turns clipping off."""
+    group_max_grad_norm: float = 0.0
+    """Before that the gradients of each group (lora_A, lora_B, magnitude vectors, embeddings, heads,
+    modules_to_save, the rest) are scaled down to this norm; 0 turns it off."""
+    optimizer_memory: int | str | None = None
+    """Memory for the optimizer's state where it trains, such as 64MB; the rest is paged, and the steps stay
+    the same: from a device to the host's memory, from the host's memory to a file. null keeps all of it."""
+    optimizer_host_memory: int | str | None = None
+    """With a device: the host's memory for what is paged from it, the rest of which goes to a file; null
+    takes as much as is needed."""
+    optimizer_spill: str | None = None
+    """Directory of that file, which has no name and is gone with the process; null takes the run's."""
     seed: int = 0
     """Seeds adapter initialisation, data order and dropout."""
     gradient_checkpointing: bool = False
@@ -122,6 +146,7 @@ class TrainingConfig:
             "log_steps": 1,
             "weight_decay": 0,
             "max_grad_norm": 0,
+            "group_max_grad_norm": 0,
             "early_stopping_min_delta": 0,
             "min_lr_ratio": 0,
             "seed": 0,
@@ -134,6 +159,8 @@ class TrainingConfig:
             "warmup_steps": 0,
             "warmup_ratio": 0,
             "num_cycles": 1,
+            "head_weight_decay": 0,
+            "embedding_weight_decay": 0,
         }
         for name, lowest in (at_least | optional).items():
             value = getattr(self, name)
@@ -194,6 +221,16 @@ OPTIMIZERS_OF = {
 """The optimizers that a field has a part in."""
 
 
+RATES = (
+    "embedding_learning_rate",
+    "head_learning_rate",
+    "lora_A_learning_rate",
+    "lora_B_learning_rate",
+    "magnitude_learning_rate",
+)
+"""Learning rates of groups of tensors."""
+
+
 def _check_optimizer(config: TrainingConfig) -> None:
     if config.optimizer not in ("adamw", "adamw_8bit", "sgd", "lion"):
         _refuse("optimizer", config.optimizer, "adamw, adamw_8bit, sgd or lion")
@@ -205,10 +242,15 @@ def _check_optimizer(config: TrainingConfig) -> None:
     for name in ("sgd_momentum", "lion_beta1", "lion_beta2"):
         if not 0 <= getattr(config, name) <= 1.0 - 1e-12:
             _refuse(name, getattr(config, name), "from 0 to below 1")
-    for name in ("lora_plus_ratio", "embedding_learning_rate"):
+    for name in ("lora_plus_ratio", *RATES):
         value = getattr(config, name)
         if value is not None and not 0 < value < float("inf"):
             _refuse(name, value, "above 0, and finite")
+    if config.lora_B_learning_rate is not None and config.lora_plus_ratio != 1:
+        _refuse(
+            "lora_plus_ratio", config.lora_plus_ratio, "left out with lora_B_learning_rate: both set one rate"
+        )
+    check_paging(config.optimizer_memory, config.optimizer_host_memory, config.optimizer_spill)
     if config.learning_rate is None and config.optimizer in ("sgd", "lion"):
         _refuse("learning_rate", None, f"given with {config.optimizer}: the usual ones are AdamW's")
 
@@ -246,12 +288,19 @@ class RunConfig:
                 where="quantization",
                 fix="add an adapter section (--method qlora), or remove quantization",
             )
-        if self.training.lora_plus_ratio != 1 and self.adapter is None:
-            raise ConfigError(
-                f"training.lora_plus_ratio = {self.training.lora_plus_ratio} without an adapter",
-                where="training.lora_plus_ratio",
-                fix="add an adapter section, or leave it out",
-            )
+        for name in (
+            "lora_plus_ratio",
+            "lora_A_learning_rate",
+            "lora_B_learning_rate",
+            "magnitude_learning_rate",
+        ):
+            value = getattr(self.training, name)
+            if value != getattr(TrainingConfig, name) and self.adapter is None:
+                raise ConfigError(
+                    f"training.{name} = {value} without an adapter",
+                    where=f"training.{name}",
+                    fix="add an adapter section, or leave it out",
+                )
         if self.model.dtype == "float16":
             raise ConfigError(
                 "training in float16 overflows without loss scaling, which graft does not do",

@@ -78,7 +78,7 @@ class Training:
     def __init__(self, job: Job, checkpoint: Checkpoint | None = None) -> None:
         self.job = job
         treated = treatments(job.model, job.parameters, job.config, job.learning_rate)
-        self.optimizer = Optimizer(job.parameters, job.config, treated)
+        self.optimizer = Optimizer(job.parameters, job.config, treated, job.run.path)
         self.position = checkpoint.position if checkpoint else Position()
         self.num_steps = num_steps(job.loader, job.config)
         self.schedule = Schedule.of(job.config, job.learning_rate, self.num_steps)
@@ -136,6 +136,7 @@ class Training:
             self._leave()
         finally:
             job.monitor.finish()
+            self.optimizer.close()
             self.metrics.close()
             self.timings.close()
         if self.position.step and self.position.num_skipped == self.position.step:
@@ -318,7 +319,7 @@ class Training:
                 self.job.run,
                 self.position,
                 self.job.parameters,
-                self.optimizer.state(),
+                self.optimizer.pending_state(),
                 self.job.config.keep_checkpoints,
                 self.job.settings,
             )

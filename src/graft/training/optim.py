@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from graft.errors import CheckpointError
 from graft.training import adamw_8bit
+from graft.training.clipping import Clipping
 from graft.training.config import TrainingConfig
+from graft.training.flat_state import FlatState, Pending
 from graft.training.groups import Treatment
-from graft.training.rules import SGD, AdamW, Lion, Rule
+from graft.training.pages import Kind, Rule
+from graft.training.paging import Paging, pages_and_store
+from graft.training.rules import SGD, AdamW, Lion
 
 
 class Optimizer:
@@ -19,8 +23,13 @@ class Optimizer:
 
     Args:
         parameters: Trainable tensors by name; their order is the order of the state.
-        config: The optimizer, its constants, weight decay and clipping.
+        config: The optimizer, its constants, weight decay, clipping and memory.
         treatments: Of each tensor; without, decay acts on matrices and all have the same learning rate.
+        run_directory: Where state is spilled that has no place in `training.optimizer_memory`.
+
+    Raises:
+        ConfigError: The memory holds no page, or acts on nothing.
+        StorageError: There is no room to spill to.
 
     Cost: two float32 moments per trained number with adamw, two bytes and a bit with adamw_8bit, one float32
     moment with lion and with sgd's momentum.
@@ -31,17 +40,21 @@ class Optimizer:
         parameters: Mapping[str, torch.nn.Parameter],
         config: TrainingConfig,
         treatments: Mapping[str, Treatment] | None = None,
+        run_directory: str | os.PathLike[str] = ".",
     ) -> None:
         self.parameters = dict(parameters)
-        self.max_grad_norm = config.max_grad_norm
         if treatments is None:
             treatments = {name: Treatment(decays=p.ndim >= 2) for name, p in self.parameters.items()}
-        self._rules = _rules(self.parameters, treatments, config)
+        self._clipping = Clipping(
+            self.parameters, treatments, config.max_grad_norm, config.group_max_grad_norm
+        )
+        kinds = _kinds(self.parameters, treatments, config)
+        pages, self._store = pages_and_store(self.parameters, kinds, Paging.of(config, run_directory))
+        self._flat = FlatState(self.parameters, pages, self._store)
 
     def gradient_norm(self) -> float:
         """Euclidean norm over all gradients; NaN or infinite if any of them is."""
-        norms = torch._foreach_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        return float(torch.linalg.vector_norm(torch.stack(list(norms))))
+        return self._clipping.norm()
 
     def step(self, learning_rate: float, gradient_norm: float) -> None:
         """Clip by the given norm, update every tensor once, and clear the gradients.
@@ -49,12 +62,11 @@ class Optimizer:
         Args:
             learning_rate: For this step.
             gradient_norm: What `gradient_norm` returned; must be finite.
+
+        Raises:
+            StorageError: Paged state could not be written or read back; the optimizer is of no use any more.
         """
-        if self.max_grad_norm and gradient_norm > self.max_grad_norm:
-            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-            torch._foreach_mul_(gradients, self.max_grad_norm / gradient_norm)
-        for rule in self._rules:
-            rule.step(learning_rate)
+        self._flat.step(learning_rate, self._clipping.factors(gradient_norm))
         self.clear()
 
     def clear(self) -> None:
@@ -62,13 +74,16 @@ class Optimizer:
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def state(self) -> dict[str, Tensor]:
-        """The parts of every tensor's state: "<name>|exp_avg" and so on."""
-        owners = {name: rule for rule in self._rules for name in rule.parameters}
+    def state(self) -> Mapping[str, Tensor]:
+        """The parts of every tensor's state: "<name>|exp_avg" and so on, each made when it is asked for."""
+        return _State(self.pending_state())
+
+    def pending_state(self) -> dict[str, Pending]:
+        """The same as what can be made of them, in the order in which the pages are read once."""
         return {
             f"{name}|{part}": value
-            for name in self.parameters
-            for part, value in owners[name].state(name).items()
+            for name in self._flat.in_order()
+            for part, value in self._flat.state(name).items()
         }
 
     def load_state(self, stored: Mapping[str, Tensor]) -> None:
@@ -77,54 +92,60 @@ class Optimizer:
         Raises:
             CheckpointError: A tensor is missing, too many, or of another shape or dtype.
         """
-        by_name: dict[str, dict[str, Tensor]] = {}
-        for key, value in stored.items():
+        parts: dict[str, list[str]] = {}
+        for key in stored:
             name, _, part = key.rpartition("|")
-            by_name.setdefault(name, {})[part] = value
-        for rule in self._rules:
-            for name in rule.parameters:
-                if name in by_name:
-                    _check_parts(name, rule, by_name[name])
-                    rule.load(name, by_name[name])
+            parts.setdefault(name, []).append(part)
+        for name in self._flat.in_order():
+            if name in parts:
+                self._flat.load(name, {part: stored[f"{name}|{part}"] for part in parts[name]})
+
+    def close(self) -> None:
+        """Give up what paged state holds outside memory; the optimizer is of no use any more."""
+        self._store.close()
 
     @property
     def state_bytes(self) -> int:
         """Bytes that the moments take now."""
-        return sum(value.numel() * value.element_size() for value in self.state().values())
+        return sum(value.shape.numel() * value.dtype.itemsize for value in self.pending_state().values())
 
 
-def _rules(
+class _State(Mapping[str, Tensor]):
+    def __init__(self, pending: dict[str, Pending]) -> None:
+        self._pending = pending
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._pending[name].load()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pending)
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+
+def _kinds(
     parameters: Mapping[str, torch.nn.Parameter],
     treatments: Mapping[str, Treatment],
     config: TrainingConfig,
-) -> list[Rule]:
-    if config.optimizer == "adamw_8bit":
-        small = {
-            name: p
-            for name, p in parameters.items()
-            if treatments[name].float32_state or not adamw_8bit.takes(p)
-        }
-        large = {name: p for name, p in parameters.items() if name not in small}
-        rules: list[Rule] = [adamw_8bit.AdamW8bit(large, treatments, config)] if large else []
-        return [*rules, AdamW(small, treatments, config)] if small else rules
-    if config.optimizer == "lion":
-        return [Lion(parameters, treatments, config)]
-    rule = SGD if config.optimizer == "sgd" else AdamW
-    return [rule(parameters, treatments, config)]
+) -> dict[str, Kind]:
+    device = next(iter(parameters.values())).device
+    rules: dict[str, Rule] = {}
+    found = {}
+    for name, parameter in parameters.items():
+        each = treatments[name]
+        word = config.optimizer
+        if word == "adamw_8bit" and (each.float32_state or not adamw_8bit.takes(parameter)):
+            word = "adamw"
+        if word not in rules:
+            rules[word] = _rule(word, config, device)
+        own = config.weight_decay if each.weight_decay is None else each.weight_decay
+        found[name] = Kind(rules[word], each.rate, own if each.decays else 0.0, parameter.dtype)
+    return found
 
 
-def _check_parts(name: str, rule: Rule, state: Mapping[str, Tensor]) -> None:
-    wanted = rule.parts(name)
-    for part in dict.fromkeys([*wanted, *state]):
-        value = state.get(part)
-        if part not in wanted:
-            what = "belongs to another optimizer"
-        elif value is None or (value.shape, value.dtype) != wanted[part]:
-            shape, dtype = wanted[part]
-            what = f"is missing or not {dtype} of shape {tuple(shape)}"
-        else:
-            continue
-        raise CheckpointError(
-            f"optimizer state {name}|{part} {what}",
-            fix="the checkpoint belongs to another configuration; start a new run",
-        )
+def _rule(word: str, config: TrainingConfig, device: torch.device) -> Rule:
+    if word == "adamw_8bit":
+        return adamw_8bit.AdamW8bit(config, device)
+    rules: dict[str, type[AdamW | SGD | Lion]] = {"adamw": AdamW, "sgd": SGD, "lion": Lion}
+    return rules[word](config)

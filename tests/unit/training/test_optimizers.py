@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -10,11 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from graft.errors import CheckpointError, ConfigError
+from graft.kernels.reference import Rounding
 from graft.training import adamw_8bit
 from graft.training.adamw_8bit import AdamW8bit
 from graft.training.config import TrainingConfig
+from graft.training.flat_state import FlatState
 from graft.training.groups import Treatment
 from graft.training.optim import Optimizer
+from graft.training.pages import Kind
+from graft.training.paging import Paging, pages_and_store
+from graft.training.rules import SGD, AdamW, Lion
 
 SHAPES = {"a": (64, 80), "b": (3, 2048), "c": (100, 77), "d": (70, 70), "small": (60, 60), "vector": (50,)}
 """5120, 6144, 7700 and 4900 numbers, two of them no whole blocks; and tensors that stay in float32."""
@@ -47,13 +52,31 @@ def step(optimizer: Optimizer, params: dict[str, nn.Parameter], seed: int, witho
     optimizer.step(1e-2, optimizer.gradient_norm())
 
 
-def equal(one: dict[str, Any], two: dict[str, Any]) -> bool:
+def equal(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def small_pages(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
+    for rule in (AdamW8bit, AdamW, SGD, Lion):
+        monkeypatch.setattr(rule, "numbers", numbers)
+
+
+def alone_in_8_bits(
+    params: dict[str, nn.Parameter], config: TrainingConfig, rounding: Rounding = "nearest"
+) -> FlatState:
+    """The rule over all tensors, whatever their size, without clipping."""
+    rule = AdamW8bit(config, torch.device("cpu"), rounding)
+    kinds = {name: Kind(rule, 1.0, config.weight_decay, p.dtype) for name, p in params.items()}
+    return FlatState(params, *pages_and_store(params, kinds, Paging(None, None, ".")))
+
+
+def loaded(optimizer: FlatState, name: str) -> dict[str, Tensor]:
+    return {part: value.load() for part, value in optimizer.state(name).items()}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_state_comes_back_bit_for_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adamw_8bit, "CPU_PIECE", 2048)  # tensors of several pieces, pieces of several tensors
+    small_pages(monkeypatch, 2048)  # tensors of several pages, pages of several tensors
     straight, stopped = parameters(), parameters()
     one, two = Optimizer(straight, CONFIGS[name]), Optimizer(stopped, CONFIGS[name])
     for seed in range(4):
@@ -62,7 +85,7 @@ def test_state_comes_back_bit_for_bit(name: str, monkeypatch: pytest.MonkeyPatch
     assert name == "sgd without momentum" or two.state()
     fresh = {key: nn.Parameter(p.detach().clone()) for key, p in stopped.items()}
     three = Optimizer(fresh, CONFIGS[name])
-    three.load_state({key: value.clone() for key, value in two.state().items()})
+    three.load_state(dict(two.state()))
     assert equal(three.state(), two.state())
     for seed in range(4, 8):
         for params, optimizer in ((straight, one), (fresh, three)):
@@ -102,8 +125,8 @@ def test_small_tensors_and_embeddings_keep_float32() -> None:
 
 @pytest.mark.parametrize("piece", [1024, 1 << 14, 1 << 18])
 def test_pieces_change_no_bit(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(size: int) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
-        monkeypatch.setattr(adamw_8bit, "CPU_PIECE", size)
+    def run(size: int) -> tuple[dict[str, nn.Parameter], Mapping[str, Tensor]]:
+        small_pages(monkeypatch, size)
         params = parameters()
         optimizer = Optimizer(params, CONFIGS["adamw_8bit"])
         for seed in range(4):
@@ -119,19 +142,19 @@ def test_a_step_is_adamw_over_the_decoded_moments() -> None:
     """Against torch's AdamW, which is given the decoded moments before every step."""
     config = CONFIGS["adamw_8bit"]
     params = {name: p for name, p in parameters().items() if p.numel() >= 4096}
-    ours = AdamW8bit(params, dict.fromkeys(params, Treatment()), config)
+    ours = alone_in_8_bits(params, config)
     peers = {name: nn.Parameter(p.detach().clone()) for name, p in params.items()}
     peer = torch.optim.AdamW(peers.values(), lr=1e-2, weight_decay=0.1)
     for seed in range(5):
         set_gradients(params, seed)
         for name, other in peers.items():
-            state = ours.state(name)
+            state = loaded(ours, name)
             if state:
                 peer.state[other]["exp_avg"] = decoded(state, "exp_avg", adamw_8bit.ABSMAX_FORMAT)
                 peer.state[other]["exp_avg_sq"] = decoded(state, "exp_avg_sq", adamw_8bit.UNSIGNED_FORMAT)
             other.data.copy_(params[name].detach())
             other.grad = params[name].grad
-        ours.step(1e-2)
+        ours.step(1e-2, {})
         peer.step()
         for name, other in peers.items():
             # A few roundings of float32, of steps of up to 3e-2 and of values of up to 4.
