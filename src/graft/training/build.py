@@ -272,6 +272,8 @@ def _train(
         job, reasons = _job(base, config, adapter, train_data, eval_data, run, monitor)
         job.save_start = save_start
         training = Training(job, checkpoint)
+        if training.optimizer.placement:
+            reasons["optimizer"] = training.optimizer.placement
         reasons["steps"] = f"{training.num_steps} optimizer steps"
         record["derived"] = reasons
         run.write_record(record)

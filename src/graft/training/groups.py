@@ -16,7 +16,7 @@ GROUPS = ("lora_A", "lora_B", "magnitude", "embedding", "head", "saved", "rest")
 """Of tensors that are treated alike unless asked otherwise, and clipped together."""
 
 _LEAF_GROUPS = (
-    ("magnitude", re.compile(r"(^|\.)lora_magnitude_vector(\.|$)")),
+    ("magnitude", re.compile(r"(^|\.)(lora_magnitude_vector|magnitude)(\.|$)")),
     ("embedding", re.compile(r"(^|\.)lora_embedding_[AB](\.|$)")),
     ("lora_A", re.compile(r"(^|\.)lora_A(\.|$)")),
     ("lora_B", re.compile(r"(^|\.)lora_B(\.|$)")),

@@ -14,7 +14,7 @@ from graft.training.config import TrainingConfig
 from graft.training.flat_state import FlatState, Pending
 from graft.training.groups import Treatment
 from graft.training.pages import Kind, Rule
-from graft.training.paging import Paging, pages_and_store
+from graft.training.paging import Paging, pages_and_store, placement
 from graft.training.rules import SGD, AdamW, Lion
 
 
@@ -30,6 +30,9 @@ class Optimizer:
     Raises:
         ConfigError: The memory holds no page, or acts on nothing.
         StorageError: There is no room to spill to.
+
+    Attributes:
+        placement: Where paged state is, in words; "" where nothing is paged.
 
     Cost: two float32 moments per trained number with adamw, two bytes and a bit with adamw_8bit, one float32
     moment with lion and with sgd's momentum.
@@ -49,7 +52,9 @@ class Optimizer:
             self.parameters, treatments, config.max_grad_norm, config.group_max_grad_norm
         )
         kinds = _kinds(self.parameters, treatments, config)
-        pages, self._store = pages_and_store(self.parameters, kinds, Paging.of(config, run_directory))
+        paging = Paging.of(config, run_directory)
+        pages, self._store = pages_and_store(self.parameters, kinds, paging)
+        self.placement = placement(pages, paging, next(iter(self.parameters.values())).device)
         self._flat = FlatState(self.parameters, pages, self._store)
 
     def gradient_norm(self) -> float:

@@ -89,6 +89,25 @@ def pages_and_store(
     return pages, _pager(sizes, clear, device, paging)
 
 
+def placement(pages: Sequence[Page], paging: Paging, device: torch.device) -> str:
+    """Where the state is, in words; "" without a budget."""
+    budget, sizes = paging.memory_bytes, [page.num_bytes for page in pages]
+    if budget is None:
+        return ""
+    total, largest = sum(sizes), max(sizes)
+    if budget >= total:
+        return f"its {total:,} bytes of state fit into {budget:,}"
+    host, file = paging.host_bytes, f"a file in {paging.directory}"
+    if device.type == "cpu":
+        rest = f"in {file}"
+    elif host is None or host >= total:
+        rest = "in the host's memory"
+    else:
+        rest = f"in the host's memory ({host // largest}) and {file}"
+    where = f"{budget // largest} in memory, the rest {rest}"
+    return f"{total:,} bytes of state in {len(sizes)} pages of {largest:,}: {where}"
+
+
 def _pager(sizes: Sequence[int], clear: Clear, device: torch.device, paging: Paging) -> Pager:
     assert paging.memory_bytes is not None
     num_frames = paging.memory_bytes // max(sizes)

@@ -70,6 +70,8 @@ def test_a_run_writes_the_same_bytes(optimizer: str, config: Callable[..., RunCo
     plain = run_from_config(config("plain", *more)).directory
     paged = run_from_config(config("paged", *more, PAGED)).directory
     same_files(plain, paged)
+    told = json.loads((paged / "run.json").read_text())["derived"]["optimizer"]
+    assert f"the rest in a file in {paged}" in told
     assert not [path for path in paged.iterdir() if path.name.startswith(".")]
 
 
