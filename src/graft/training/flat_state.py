@@ -52,9 +52,6 @@ class FlatState:
         self._owners = [[parameters[span.name] for span in page.spans] for page in pages]
         self._counts: dict[str, int] = {}
         self._flat: dict[int, tuple[list[int], list[Tensor]]] = {}
-        for parameter in parameters.values():
-            if not parameter.is_contiguous():
-                parameter.data = parameter.data.contiguous()
 
     @torch.no_grad()
     def step(self, learning_rate: float, factors: Mapping[str, float]) -> None:
@@ -91,10 +88,14 @@ class FlatState:
 
     def _values(self, index: int) -> list[Tensor]:
         """Flat views of a page's stretches, made again where a tensor's memory is another one."""
-        places = [owner.data_ptr() for owner in self._owners[index]]
-        if index not in self._flat or self._flat[index][0] != places:
-            owners = zip(self._owners[index], self._pages[index].spans, strict=True)
-            self._flat[index] = places, [_stretch(owner.detach(), span) for owner, span in owners]
+        owners = self._owners[index]
+        if index not in self._flat or self._flat[index][0] != [owner.data_ptr() for owner in owners]:
+            for owner in owners:
+                if not owner.is_contiguous():
+                    owner.data = owner.data.contiguous()
+            spans = zip(owners, self._pages[index].spans, strict=True)
+            views = [_stretch(owner.detach(), span) for owner, span in spans]
+            self._flat[index] = [owner.data_ptr() for owner in owners], views
         return self._flat[index][1]
 
     # State by name.

@@ -140,6 +140,18 @@ def test_unpaged_adamw_is_torchs_fused_to_the_bit(tmp_path: Path) -> None:
         assert torch.equal(optimizer.state()[f"{name}|exp_avg_sq"], peer.state[p]["exp_avg_sq"])
 
 
+def test_tensors_that_moved_or_lie_across_are_updated(tmp_path: Path) -> None:
+    plain, whole = make("adamw", tmp_path)
+    params, optimizer = make("adamw", tmp_path)
+    steps(whole, plain, range(2))
+    params["b"].data = params["b"].data.t().contiguous().t()
+    steps(optimizer, params, range(1))
+    params["a"].data = params["a"].data.clone()
+    params["c"].data = params["c"].data.t().contiguous().t()
+    steps(optimizer, params, range(1, 2))
+    assert equal(plain, params)
+
+
 def test_small_tensors_are_paged_too(tmp_path: Path) -> None:
     """Those of LoRA at rank 8 are under the 100,000 numbers from which on bitsandbytes pages."""
     params = {f"{i}.lora_A": nn.Parameter(torch.randn(8, 576)) for i in range(40)}
