@@ -4,6 +4,7 @@ runs/first/
     run.json          resolved config, derived choices with reasons, versions, digests, results
     metrics.jsonl     one line a step; the same bytes for the same run, also when it was resumed
     timings.jsonl     speed and memory of each logged step; differs from run to run
+    spectra.jsonl     singular values of the adapter's updates, now and then; the same bytes for the same run
     audit.json        what the audit of the first steps saw
     checkpoints/step-NNNNNN/
     adapter/          the result: a PEFT adapter directory (or model/ after full fine-tuning)
@@ -40,6 +41,7 @@ class RunDirectory:
         self.record_path = self.path / "run.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.timings_path = self.path / "timings.jsonl"
+        self.spectra_path = self.path / "spectra.jsonl"
         self.checkpoints_path = self.path / "checkpoints"
         self.adapter_path = self.path / "adapter"
         self.model_path = self.path / "model"

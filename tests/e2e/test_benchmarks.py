@@ -40,3 +40,9 @@ def test_training_steps_are_timed() -> None:
     told = run("steps.py", "--small")
     assert "graft LoRA " in told
     assert "graft QLoRA " in told
+
+
+def test_monitors_are_timed() -> None:
+    told = run("monitors.py", "--small")
+    assert "4M, 4 blocks, rank 16" in told
+    assert "share_of_a_core_by_viewers" in told

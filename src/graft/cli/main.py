@@ -84,7 +84,7 @@ def run(arguments: list[str]) -> int:
     answer.begin()
     try:
         with stop_at_once("before it was done; nothing is half written", "start it again"):
-            result = app(words, standalone_mode=False)
+            result = app(train.with_port(words), standalone_mode=False)
         return result if isinstance(result, int) else 0
     except typer.Exit as error:
         return error.exit_code

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,11 +11,14 @@ import typer
 
 from graft.cli import answer
 from graft.config import Settings, build, did_you_mean, read_assignments, read_yaml
-from graft.errors import ConfigError
+from graft.errors import ConfigError, GraftError, StopRequested
 
 if TYPE_CHECKING:
     from graft.training.build import Run
     from graft.training.monitors import Monitor
+
+WATCH_PORT = 8127
+"""Where the live page is when --watch stands alone."""
 
 METHODS: dict[str, dict[str, str | None]] = {
     "full": {"adapter": None, "quantization": None},
@@ -43,6 +48,14 @@ def train(
         list[str] | None, typer.Option("--set", help="Any field: section.key=value. May be repeated.")
     ] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="Go on with this run exactly.")] = None,
+    watch: Annotated[
+        int | None,
+        typer.Option(
+            "--watch",
+            metavar="[PORT]",
+            help="Serve a live page on this port of 127.0.0.1: 8127 without a number, 0 for a free one.",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
@@ -59,7 +72,8 @@ def train(
             )
         from graft.training.build import resume as go_on
 
-        finished = go_on(resume, _monitor(quiet, _log_steps(resume)))
+        with _watched(watch, resume, _monitor(quiet, _log_steps(resume))) as monitor:
+            finished = go_on(resume, monitor)
     else:
         settings = read_yaml(config) if config is not None else Settings()
         flags = _flags(model, data, eval_data, method or (None if config else "lora"), out)
@@ -71,19 +85,54 @@ def train(
         assigned = read_assignments(assignments or [])
         _check_method(method, assigned)
         settings.update(assigned)
-        finished = _start(settings, quiet)
+        finished = _start(settings, quiet, watch)
     _tell(finished, as_json)
 
 
-def _start(settings: Settings, quiet: bool) -> Run:
+def _start(settings: Settings, quiet: bool, watch: int | None) -> Run:
     from graft.training.build import run_from_config
     from graft.training.config import RunConfig
 
     run_config = build(RunConfig, settings)
-    monitor = _monitor(quiet, run_config.training.log_steps)
-    for told in settings.notes:
-        monitor.say(told)
-    return run_from_config(run_config, monitor)
+    console = _monitor(quiet, run_config.training.log_steps)
+    with _watched(watch, Path(run_config.output), console) as monitor:
+        for told in settings.notes:
+            monitor.say(told)
+        return run_from_config(run_config, monitor)
+
+
+@contextmanager
+def _watched(port: int | None, run: Path, monitor: Monitor) -> Iterator[Monitor]:
+    """The monitor, and within the block a live page besides where a port is given."""
+    if port is None:
+        yield monitor
+        return
+    from graft.training.relay import Relay
+    from graft.training.watch import Watch
+
+    watch = Watch(run, port)
+    answer.note(f"live page: {watch.address}")
+    phase, error = "failed", ""
+    try:
+        yield Relay([monitor, watch])
+        phase = "finished"
+    except StopRequested:
+        phase = "stopped"
+        raise
+    except GraftError as failure:
+        error = failure.what
+        raise
+    finally:
+        watch.close(phase, error)
+
+
+def with_port(words: list[str]) -> list[str]:
+    """The words of a command line in which a bare --watch has its port."""
+    bare = [
+        word == "--watch" and not after.isdecimal()
+        for word, after in zip(words, [*words[1:], ""], strict=True)
+    ]
+    return [f"--watch={WATCH_PORT}" if alone else word for word, alone in zip(words, bare, strict=True)]
 
 
 def _flags(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib import resources
-from typing import Literal, Protocol, TypeGuard
+from typing import ClassVar, Literal, Protocol, TypeGuard
 
 from graft.files import write_text
 
@@ -117,6 +117,7 @@ class Series:
 class Curves:
     """Values over steps, several runs in one chart."""
 
+    scripts: ClassVar[tuple[str, ...]] = ("report",)
     title: str
     series: Sequence[Series]
     x_label: str = "step"
@@ -140,7 +141,7 @@ class Curves:
             return '<p class="note">No values were logged.</p>'
         spec = {"x": self.x_label, "y": self.y_label, "log": self.log_scale, "series": lines}
         return (
-            f'<div class="chart"><script type="application/json">{_json(spec)}</script></div>'
+            f'<div class="chart"><script type="application/json">{json_in_page(spec)}</script></div>'
             '<noscript><p class="note">The chart needs JavaScript; nothing is fetched.</p></noscript>'
         )
 
@@ -196,18 +197,29 @@ def write_report(
     write_text(path, render(sections, title=title, subtitle=subtitle))
 
 
-def render(sections: Sequence[Section], *, title: str, subtitle: str = "") -> str:
-    """The page that `write_report` writes, as a string."""
-    charts = any(isinstance(section, Curves) for section in sections)
-    style = (_asset("vendor/uplot/uPlot.min.css") if charts else "") + _asset("page/report.css")
+def render(sections: Sequence[Section], *, title: str, subtitle: str = "", policy: str = POLICY) -> str:
+    """The page that `write_report` writes, as a string.
+
+    Args:
+        sections: Its parts; one that needs scripts of the page names them in its attribute `scripts`.
+        title: Heading of the page.
+        subtitle: A line below the heading.
+        policy: What the page may fetch.
+    """
+    scripts = list(dict.fromkeys(name for section in sections for name in getattr(section, "scripts", ())))
+    style = (_asset("vendor/uplot/uPlot.min.css") if scripts else "") + _asset("page/report.css")
     script = ""
-    if charts:
-        code = _asset("vendor/uplot/uPlot.iife.min.js") + "\n" + _asset("page/report.js")
+    if "run" in scripts:
+        style += _asset("page/run.css")
+    if scripts:
+        code = "\n".join(
+            [_asset("vendor/uplot/uPlot.iife.min.js"), *(_asset(f"page/{n}.js") for n in scripts)]
+        )
         script = f"<!-- uPlot, MIT licence:\n{_asset('vendor/uplot/LICENSE')}--><script>{code}</script>"
     under = f"<p>{escape(subtitle)}</p>" if subtitle else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
         f"<header><h1>{escape(title)}</h1>{under}</header>\n"
@@ -267,7 +279,7 @@ def _points(series: Series, *, positive: bool) -> dict[str, list[float | None]]:
     return {"steps": list(steps), "values": drawn}
 
 
-def _json(value: object) -> str:
+def json_in_page(value: object) -> str:
     """JSON that cannot end the script element it stands in."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 

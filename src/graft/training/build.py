@@ -37,6 +37,8 @@ from graft.training.loop import Job, Training
 from graft.training.monitors import Monitor, Silent
 from graft.training.results import Run, finished_run, use_best, write_results
 from graft.training.stopping import StopSignal, stop_at_once
+from graft.training.trackers.base import check_names
+from graft.training.tracking import conclude, follow
 
 IN_MEMORY = "from a model in memory"
 """Where a run of `train` begins: with what its caller made of a model."""
@@ -65,6 +67,7 @@ def run_from_config(config: RunConfig, monitor: Monitor | None = None) -> Run:
     """
     monitor = monitor or Silent()
     config = rooted(config)
+    check_names(config.training.trackers)
     RunDirectory(config.output).check_new()
     with stop_at_once(*BEFORE_TRAINING):
         path = resolve(config.model.name, config.model.revision)
@@ -105,6 +108,7 @@ def resume(path: str | os.PathLike[str], monitor: Monitor | None = None) -> Run:
         return done
     config = from_dict(RunConfig, record["config"], str(run.record_path))
     config = dataclasses.replace(config, output=str(path))
+    check_names(config.training.trackers)
     with run.lock():
         with stop_at_once("before it went on; its checkpoints stand", f"graft train --resume {path}"):
             train_data, eval_data = prepare_data(config, monitor)
@@ -188,6 +192,7 @@ def train(
         "graft.train",
     )
     config = rooted(config)
+    check_names(config.training.trackers)
     monitor = monitor or Silent()
     RunDirectory(output).check_new()
     config = within_context(config, base.model.config, monitor)
@@ -275,6 +280,7 @@ def _train(
         if training.optimizer.placement:
             reasons["optimizer"] = training.optimizer.placement
         reasons["steps"] = f"{training.num_steps} optimizer steps"
+        reasons["machine"] = str(training.figures.product_rate)
         record["derived"] = reasons
         run.write_record(record)
         count = sum(p.numel() for p in job.parameters.values())
@@ -282,9 +288,11 @@ def _train(
         monitor.say(f"trains {count:,} numbers in {len(job.parameters)} tensors; the base has {total:,}")
         for name, why in reasons.items():
             monitor.say(f"{name}: {why}")
-    with job.stop.listen():
+        feeds, job.monitor = follow(config, run, record, monitor, resumed=checkpoint is not None)
+    with job.stop.listen(), feeds.running():
         position = training.run()
     with stop_at_once("while the result was written; what it is made from is saved", go_on):
+        conclude(record, run, training.figures, feeds)
         monitor.say(use_best(job, position, config.training))
         base.model.eval()
         return write_results(base, config, run, record, adapter, position, training.num_steps, count)

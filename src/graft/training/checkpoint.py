@@ -45,6 +45,7 @@ class Position:
         last_eval_step: Step of the latest evaluation.
         stopped_early: Whether early stopping ended the run.
         metrics_bytes: Length of metrics.jsonl.
+        spectra_bytes: Length of spectra.jsonl.
         best: The lowest evaluation loss so far.
     """
 
@@ -58,6 +59,7 @@ class Position:
     last_eval_step: int = -1
     stopped_early: bool = False
     metrics_bytes: int = 0
+    spectra_bytes: int = 0
     best: BestEval = dataclasses.field(default_factory=BestEval)
 
 

@@ -31,19 +31,26 @@ WITHOUT_EFFECT = (
     "training.optimizer_memory",
     "training.optimizer_host_memory",
     "training.optimizer_spill",
+    "training.trackers",
 )
 """Fields that change no weight and no line of the log."""
 
 
 def binding_settings(config: RunConfig) -> dict[str, Any]:
     """The fields that a run must keep when it goes on, as "section.name", with their values."""
+    flat = flat_settings(config)
+    return {name: value for name, value in flat.items() if name not in MAY_MOVE + WITHOUT_EFFECT}
+
+
+def flat_settings(config: RunConfig) -> dict[str, Any]:
+    """All fields of a configuration as "section.name", with their values."""
     flat: dict[str, Any] = {}
     for section, fields in to_dict(config).items():
         if isinstance(fields, dict):
             flat |= {f"{section}.{name}": value for name, value in fields.items()}
         else:
             flat[section] = fields
-    return {name: value for name, value in flat.items() if name not in MAY_MOVE + WITHOUT_EFFECT}
+    return flat
 
 
 def trained_tensors(model: nn.Module, adapter: Adapter | None) -> dict[str, nn.Parameter]:

@@ -31,10 +31,12 @@ class Clipping:
     ) -> None:
         self._parameters, self._treatments = parameters, treatments
         self._most, self._most_of_group = most, most_of_group
+        self.norms: dict[str, Tensor] = {}
 
     def norm(self) -> float:
         """Euclidean norm over all gradients, before any clipping; NaN or infinite if any of them is."""
-        return _joined(list(self._by_tensor().values()))
+        self.norms = self._by_tensor()  # for whoever shows them
+        return _joined(list(self.norms.values()))
 
     def _by_tensor(self) -> dict[str, Tensor]:
         given = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}

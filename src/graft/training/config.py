@@ -130,6 +130,12 @@ class TrainingConfig:
     byte of the base at the start and the end instead of samples."""
     log_steps: int = 10
     """A line on the console every so many steps, where it is not a terminal."""
+    spectrum_steps: int | None = None
+    """Measure the singular values of each adapter update every so many steps, and at the end; 0 never; null
+    ten times in the run, at least 20 steps apart."""
+    trackers: tuple[str, ...] = ()
+    """Where the figures are sent besides the run directory: tensorboard, wandb, mlflow, or
+    package.module:Class for one of your own."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -161,6 +167,7 @@ class TrainingConfig:
             "num_cycles": 1,
             "head_weight_decay": 0,
             "embedding_weight_decay": 0,
+            "spectrum_steps": 0,
         }
         for name, lowest in (at_least | optional).items():
             value = getattr(self, name)
@@ -306,6 +313,12 @@ class RunConfig:
                 "training in float16 overflows without loss scaling, which graft does not do",
                 where="model.dtype",
                 fix="bfloat16 or float32",
+            )
+        if self.training.spectrum_steps and self.adapter is None:
+            raise ConfigError(
+                f"training.spectrum_steps = {self.training.spectrum_steps} without an adapter",
+                where="training.spectrum_steps",
+                fix="add an adapter section, or leave it out",
             )
         needy = ("early_stopping_patience", "early_stopping_min_delta", "load_best_at_end")
         for name in (*needy, "keep_best_checkpoints"):

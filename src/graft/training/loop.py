@@ -23,8 +23,9 @@ from graft.training.audit import Audit
 from graft.training.audit_findings import Subject
 from graft.training.checkpoint import Checkpoint, Position, copy_into, restore_random_state, save_checkpoint
 from graft.training.config import TrainingConfig
+from graft.training.figures import figures_of
 from graft.training.groups import treatments
-from graft.training.monitors import Monitor, memory_bytes
+from graft.training.monitors import Monitor
 from graft.training.optim import Optimizer
 from graft.training.schedule import Schedule
 from graft.training.stopping import StopSignal
@@ -83,6 +84,7 @@ class Training:
         self.num_steps = num_steps(job.loader, job.config)
         self.schedule = Schedule.of(job.config, job.learning_rate, self.num_steps)
         self.device = next(iter(job.parameters.values())).device
+        self.figures = figures_of(job, treated, self.num_steps)
         self._saved_step = self.position.step if checkpoint else -1
         self.audit = Audit(self._subject(fresh=checkpoint is None and not job.save_start), job.config.audit)
         self._experts = [path for path, module in job.model.named_modules() if isinstance(module, Experts)]
@@ -120,6 +122,7 @@ class Training:
         job = self.job
         self.metrics = LineLog(job.run.metrics_path, self.position.metrics_bytes)
         self.timings = LineLog(job.run.timings_path)
+        self.figures.spectra.open(job.run.spectra_path, self.position.spectra_bytes)
         job.model.train()
         job.monitor.start(self.position.step, self.num_steps)
         try:
@@ -131,6 +134,8 @@ class Training:
                 self._after_step()
                 if self.position.stopped_early:
                     break
+            if self.position.stopped_early:
+                self.figures.spectra.stopped_early(self.position.step)
             self.audit.finish()
         except _EvaluationStopped:
             self._leave()
@@ -139,6 +144,7 @@ class Training:
             self.optimizer.close()
             self.metrics.close()
             self.timings.close()
+            self.figures.spectra.close()
         if self.position.step and self.position.num_skipped == self.position.step:
             raise TrainingError(
                 f"none of {self.position.step} steps had a finite loss and gradient: nothing was trained",
@@ -156,6 +162,7 @@ class Training:
         loss = self._accumulate(batches)
         norm = self.optimizer.gradient_norm() if math.isfinite(loss) else math.nan
         applied = math.isfinite(norm)
+        by_group = self.figures.by_group(learning_rate, self.optimizer.norms)
         if applied:
             if position.step == 0 and not self.audit.on:
                 self._check_gradients()
@@ -175,22 +182,16 @@ class Training:
             "grad_norm": norm if applied else None,
             "learning_rate": learning_rate,
             "num_tokens": position.num_tokens,
+            **by_group,
         }
         if not applied:
             record["skipped"] = (
                 "the loss is not finite" if not math.isfinite(loss) else "a gradient is not finite"
             )
             self.job.monitor.say(f"step {position.step} was not applied: {record['skipped']}")
+        # First: whoever reads a step in the metrics finds its timing.
+        self.timings.write(self.figures.timing(position.step, time.perf_counter() - started, batches))
         self.metrics.write(record)
-        seconds = time.perf_counter() - started
-        self.timings.write(
-            {
-                "step": position.step,
-                "seconds": seconds,
-                "num_tokens": num_tokens,
-                "memory_bytes": memory_bytes(),
-            }
-        )
         self.job.monitor.step(record, num_tokens)
 
     def _accumulate(self, batches: list[Batch]) -> float:
@@ -245,6 +246,7 @@ class Training:
         position, config = self.position, self.job.config
         self._check_place()
         self.audit.after_step(position.step)
+        self.figures.spectra.after_step(position.step)
         if position.num_skipped_in_row >= config.max_nonfinite_steps:
             stands = (
                 f"checkpoint step-{self._saved_step:06d} stands"
@@ -314,6 +316,7 @@ class Training:
             return
         self._check_place()
         self.position.metrics_bytes = self.metrics.sync()
+        self.position.spectra_bytes = self.figures.spectra.sync()
         try:
             save_checkpoint(
                 self.job.run,

@@ -61,6 +61,11 @@ class Optimizer:
         """Euclidean norm over all gradients; NaN or infinite if any of them is."""
         return self._clipping.norm()
 
+    @property
+    def norms(self) -> Mapping[str, Tensor]:
+        """Of each tensor's gradient, as `gradient_norm` found them; none once the gradients are dropped."""
+        return self._clipping.norms
+
     def step(self, learning_rate: float, gradient_norm: float) -> None:
         """Clip by the given norm, update every tensor once, and clear the gradients.
 
@@ -76,6 +81,7 @@ class Optimizer:
 
     def clear(self) -> None:
         """Drop the gradients and their memory."""
+        self._clipping.norms = {}
         for parameter in self.parameters.values():
             parameter.grad = None
 

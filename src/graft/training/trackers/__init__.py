@@ -1,0 +1,1 @@
+"""Trackers: other programs that keep and show the figures of runs (TensorBoard, W&B, MLflow, your own)."""
