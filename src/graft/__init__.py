@@ -21,6 +21,7 @@ _HOMES = {
     "RunConfig": "graft.training.config",
     "TrainingConfig": "graft.training.config",
     "adapters_of": "graft.adapters.attached",
+    "as_classifier": "graft.models.classifier",
     "attach": "graft.adapters.attach",
     "detach": "graft.adapters.attach",
     "disabled": "graft.adapters.attached",

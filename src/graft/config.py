@@ -210,7 +210,8 @@ def build(cls: type[T], settings: Settings) -> T:
     """Make a configuration dataclass from settings.
 
     Args:
-        cls: A frozen dataclass whose fields are plain values or other such dataclasses (sections).
+        cls: A frozen dataclass whose fields are plain values or other such dataclasses (sections). Its
+            `fill_in`, where it has one, may add values that follow from others.
         settings: Values by dotted path.
 
     Returns:
@@ -219,6 +220,8 @@ def build(cls: type[T], settings: Settings) -> T:
     Raises:
         ConfigError: Unknown names, wrong types, values out of range: all of them in one error.
     """
+    fill_in = getattr(cls, "fill_in", None)
+    settings = fill_in(settings) if fill_in else settings
     problems = list(settings.problems)
     tree = _nest(settings, cls, problems)
     value = _construct(cls, tree, "", settings, problems)

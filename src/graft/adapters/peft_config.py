@@ -21,6 +21,10 @@ from graft.adapters.attached import Adapter
 from graft.adapters.lora import LoraConfig
 from graft.adapters.targets import Selection, base_layers, select_targets
 from graft.errors import AdapterError, ConfigError, TargetError
+from graft.models.classifier import is_classifier
+
+SEQUENCE_CLASSIFICATION = "SEQ_CLS"
+"""PEFT's task_type of an adapter with a head over classes."""
 
 MAX_BYTES = 64 << 20
 """Largest adapter_config.json that is read."""
@@ -278,7 +282,7 @@ def write_settings(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
     per_layer = {path: config.at(path) for path in adapter.targets}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
+        "task_type": _task_type(model),
         "auto_mapping": None,
         "base_model_name_or_path": getattr(model, "graft_name", None),
         "revision": getattr(model, "graft_revision", None),
@@ -300,6 +304,12 @@ def write_settings(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
         "use_dora": False,
         "lora_bias": False,
     }
+
+
+def _task_type(model: nn.Module) -> str | None:
+    if is_classifier(model):
+        return SEQUENCE_CLASSIFICATION
+    return "CAUSAL_LM" if hasattr(model, "generate") else None
 
 
 def _target_names(model: nn.Module, adapter: Adapter) -> tuple[list[str], list[int] | None]:

@@ -23,7 +23,13 @@ from graft.adapters.attached import (
 )
 from graft.adapters.base import method_of
 from graft.adapters.effect import idle_layers
-from graft.adapters.peft_config import PeftSettings, directory_of, read_settings, write_settings
+from graft.adapters.peft_config import (
+    SEQUENCE_CLASSIFICATION,
+    PeftSettings,
+    directory_of,
+    read_settings,
+    write_settings,
+)
 from graft.adapters.peft_stacks import current_names, split_stacks
 from graft.adapters.peft_tensors import (
     PREFIX,
@@ -47,6 +53,7 @@ from graft.adapters.targets import Selection, refuse_quantized, select_targets
 from graft.dialects import explained
 from graft.errors import AdapterError, ConfigError, TargetError
 from graft.files import new_directory, write_json, write_tensors
+from graft.models.classifier import is_classifier, write_classes
 from graft.models.shards import StoredTensor
 
 CONFIG = "adapter_config.json"
@@ -106,6 +113,8 @@ def save_adapter(
         (partial / WEIGHTS).chmod(0o644)
         write_json(partial / CONFIG, settings)
         write_json(partial / FILE, side.to_dict())
+        if is_classifier(model):
+            write_classes(model, partial)
     return directory
 
 
@@ -149,6 +158,12 @@ def load_adapter(
             "the file was changed after the adapter was saved: its digest is not the one in graft.json",
             where=str(directory / CONFIG),
             fix=f"restore it, or remove {FILE} if you mean the change; the base is then not checked",
+        )
+    if raw.get("task_type") == SEQUENCE_CLASSIFICATION and not is_classifier(model):
+        raise AdapterError(
+            "the adapter is a classifier: its head over classes has no place in a language model",
+            where=str(directory),
+            fix="graft evaluate --adapter does it; in Python graft.as_classifier first",
         )
     stored = open_weights(directory)
     version = raw.get("peft_version")

@@ -34,8 +34,12 @@ def evaluate(
     ] = None,
     adapter: Annotated[Path | None, typer.Option("--adapter", "-a", help="Adapter or run directory.")] = None,
     metrics: Annotated[
-        str, typer.Option("--metrics", help="Names with commas between them.")
-    ] = "loss,perplexity",
+        str | None,
+        typer.Option(
+            "--metrics",
+            help="Names with commas between them; the usual ones if left out.",
+        ),
+    ] = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option("--set", help="data.max_length=256, data.limit and the like. May be repeated."),
@@ -62,8 +66,8 @@ def evaluate(
     from graft.data.config import DataConfig
     from graft.errors import ConfigError
     from graft.evaluate.generate import GenerationConfig
-    from graft.evaluate.metrics import find_metrics
-    from graft.evaluate.tasks import evaluate_file, write_predictions
+    from graft.evaluate.kinds import check_names, measure
+    from graft.evaluate.tasks import write_predictions
 
     if data is None:
         raise ConfigError("no evaluation data", where="--data", fix="--data FILE")
@@ -76,10 +80,12 @@ def evaluate(
             )
         settings.put(name, value, f"--set {path}")
     config = build(DataConfig, settings)
-    names = [name.strip() for name in metrics.split(",") if name.strip()]
-    find_metrics(names)
-    opened = open_model(model, adapter, quantization=quantization, force_base=force_base)
-    result = evaluate_file(
+    names = list(dict.fromkeys(name.strip() for name in (metrics or "").split(",") if name.strip()))
+    if metrics is not None and not names:
+        raise ConfigError("no metric was named", where="--metrics", fix="leave it out, or name some")
+    check_names(names)
+    opened = open_model(model, adapter, quantization=quantization, force_base=force_base, classifier=True)
+    result = measure(
         opened.base.model,
         opened.base.tokenizer,
         data,

@@ -16,7 +16,7 @@ from graft.models.load import BaseModel
 if TYPE_CHECKING:
     from graft.data.masking import Encoder
 
-CHAT_FORMATS = ("messages", "alpaca", "sharegpt", "mixed")
+CHAT_FORMATS = ("messages", "alpaca", "sharegpt", "mixed", "preference_chat")
 """Data formats that are rendered with the chat template where there is one."""
 
 
@@ -63,6 +63,7 @@ def open_model(
     dtype: str | None = None,
     force_base: bool = False,
     chat: bool | None = None,
+    classifier: bool = False,
 ) -> Opened:
     """Load a base and, where given, an adapter.
 
@@ -73,11 +74,14 @@ def open_model(
         dtype: Compute dtype; None takes the checkpoint's.
         force_base: Accept another base than the adapter's.
         chat: Whether prompts go through the chat template; None decides by what the adapter was trained on.
+        classifier: Whether the model may be a sequence classifier, which writes nothing.
 
     Raises:
-        ConfigError: A chat was asked for and there is no template, or dense weights of a base that has none.
+        ConfigError: It is a classifier and may not be; a chat was asked for and there is no template, or
+            dense weights of a base that has none.
     """
     from graft.adapters.peft_format import load_adapter
+    from graft.models.classifier import as_classifier, load_classifier, stored_labels
     from graft.models.load import load
     from graft.models.packed import stored_method
     from graft.quant.config import QuantizationConfig
@@ -93,7 +97,18 @@ def open_model(
         config = QuantizationConfig.from_dict(json.loads(stored)) if stored else None
     elif quantization != "none":
         config = quantization
+    labels = stored_labels(adapter or Path(name))
+    if labels and not classifier:
+        raise ConfigError(
+            "the model is a classifier: it tells classes apart and writes no text",
+            where=str(adapter or name),
+            fix="graft evaluate measures it; --predictions FILE writes its answers",
+        )
+    if labels and adapter is None:
+        return Opened(base=load_classifier(name, dtype=dtype, quantization=config), adapter=False, chat=False)
     base = load(name, quantization=config, dtype=dtype, revision=revision, progress=Console().loading)
+    if labels:
+        as_classifier(base, labels)
     if quantization == "none" and stored_method(base.path):
         raise ConfigError(
             f"{name} is stored quantized; there are no dense weights",
@@ -106,17 +121,24 @@ def open_model(
         loaded = load_adapter(base.model, adapter, force_base=force_base)
         for line in loaded.notes:
             answer.note(f"note: {line}")
+    return Opened(base=base, adapter=adapter is not None, chat=_is_chat(base, name, side, chat))
+
+
+def _is_chat(base: BaseModel, name: str, side: dict[str, Any], asked: bool | None) -> bool:
+    """Whether prompts go through the chat template.
+
+    Raises:
+        ConfigError: That was asked for and there is none.
+    """
     has_template = bool(getattr(base.tokenizer, "chat_template", None))
-    if chat and not has_template:
+    if asked and not has_template:
         raise ConfigError(
             f"the tokenizer of {name} has no chat template",
             where="--chat",
             fix="leave --chat out for plain text",
         )
-    if chat is None:
-        taught = side.get("facts", {}).get("format")
-        chat = has_template and (taught is None or taught in CHAT_FORMATS)
-    return Opened(base=base, adapter=adapter is not None, chat=chat)
+    taught = side.get("facts", {}).get("format")
+    return has_template and (taught is None or taught in CHAT_FORMATS) if asked is None else asked
 
 
 def adapter_directory(path: Path | None) -> Path | None:

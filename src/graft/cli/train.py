@@ -43,6 +43,13 @@ def train(
     method: Annotated[
         str | None, typer.Option("--method", help="full, lora or qlora; without a config file lora.")
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", help="classification, generation, instruction, domain or preference."),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="generation (the default) or classification.")
+    ] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Run directory to make.")] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="Any field: section.key=value. May be repeated.")
@@ -61,7 +68,7 @@ def train(
 ) -> None:
     """Fine-tune a model; --resume RUN goes on exactly where a run stopped."""
     given: dict[str, object] = {"CONFIG": config, "--model": model, "--data": data, "--eval-data": eval_data}
-    given |= {"--method": method, "--out": out, "--set": assignments}
+    given |= {"--method": method, "--preset": preset, "--task": task, "--out": out, "--set": assignments}
     if resume is not None:
         besides = [flag for flag, value in given.items() if value]
         if besides:
@@ -81,6 +88,9 @@ def train(
             settings.notes.append(f"--method {method}: the {section} section of {config} is left out")
         if method == "qlora" and _sections(settings) & {"quantization"}:
             del flags.values["quantization.quant_type"]  # the file says which
+        for name, value in (("task", task), ("preset", preset)):
+            if value is not None:
+                flags.put(name, value, f"--{name}")
         settings.update(flags)
         assigned = read_assignments(assignments or [])
         _check_method(method, assigned)

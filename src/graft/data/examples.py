@@ -224,6 +224,27 @@ def _turn(raw: Any, index: int, row: Row) -> Message:
     return {"role": role, "content": raw["value"]}
 
 
+def history_of(raws: Sequence[Any], row: Row) -> list[Message]:
+    """Messages of either dialect: role and content, or from and value.
+
+    Raises:
+        DataError: One is malformed; it is named.
+    """
+    return [
+        _turn(raw, index, row) if isinstance(raw, dict) and "from" in raw else _message(raw, index, row)
+        for index, raw in enumerate(raws)
+    ]
+
+
+def continued(history: list[Message], answer: list[Message], row: Row) -> Conversation:
+    """A conversation of which only the last messages are learned; the row's system and tools go with it.
+
+    Raises:
+        DataError: It has no message, or too many.
+    """
+    return _conversation([*history, *answer], row, trained_from=len(history))
+
+
 def _tools(row: Row) -> list[Any] | None:
     assert isinstance(row.value, dict)
     tools = row.value.get("tools")

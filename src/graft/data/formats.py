@@ -167,9 +167,9 @@ def _refuse_columns(row: Row) -> NoReturn:
     names = ", ".join(map(repr, row.value)) or "none"
     if "chosen" in row.value:
         raise DataError(
-            f"the rows are preferences (columns {names}), which are not trained on",
+            f"the rows are preferences (columns {names}): training.loss: dpo learns from them",
             where=row.where,
-            fix="make rows of 'prompt' and 'completion' from the prompt and the chosen answer",
+            fix="set training.loss to dpo, or make rows of 'prompt' and 'completion' of the chosen answers",
         )
     raise DataError(
         f"the columns {names} fit no known format",

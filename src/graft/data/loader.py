@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from graft.data.packing import pack
 from graft.data.samples import IGNORED, Sample
+
+Kind = Literal["text", "pair", "class"]
+"""What samples are: texts, halves of preference pairs, texts with a class."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,13 @@ class Batch:
     num_labelled_tokens: int
     sample_ids: list[list[int]]
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on a device."""
+        if self.input_ids.device == device:
+            return self
+        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "position_ids", "labels")}
+        return replace(self, **moved)
+
 
 class Loader:
     """Yields the batches of an epoch; it keeps no state, so any place of any epoch can be gone back to.
@@ -45,6 +56,9 @@ class Loader:
         seed: Decides the order, together with the epoch.
         shuffle: Whether the order changes at all; without it rows come in the order of their first samples.
         pad_id: The id that fills the ends of rows.
+        kind: "pair": each two samples in a row belong together, batch_size counts pairs where nothing is
+            packed, and a packed row holds whole pairs in twice max_length tokens. "class": the label of a
+            sample says something of all of it, so that its first token may have it.
     """
 
     def __init__(
@@ -56,13 +70,17 @@ class Loader:
         seed: int = 0,
         shuffle: bool = True,
         pad_id: int = 0,
+        kind: Kind = "text",
     ) -> None:
         assert samples, "a loader needs samples"
         assert batch_size > 0
+        self._size = 2 if kind == "pair" else 1
+        assert len(samples) % self._size == 0
+        self._first_label = 0 if kind == "class" else 1
         self._samples = samples
         self._lengths = [len(sample.input_ids) for sample in samples]
-        self._batch_size = batch_size
-        self._max_length = max_length
+        self._batch_size = batch_size * (1 if packing else self._size)
+        self._max_length = max_length * (self._size if packing else 1)
         self._packing = packing
         self._seed = seed
         self._shuffle = shuffle
@@ -92,9 +110,8 @@ class Loader:
         """
         rows = self.rows(epoch)
         for begin in range(start * self._batch_size, len(rows), self._batch_size):
-            yield collate(
-                self._samples, rows[begin : begin + self._batch_size], self._pad_id, self._max_length
-            )
+            chosen = rows[begin : begin + self._batch_size]
+            yield collate(self._samples, chosen, self._pad_id, self._max_length, self._first_label)
 
     def utilisation(self, epoch: int = 0) -> float:
         """Share of an epoch's token places that hold no padding."""
@@ -103,15 +120,18 @@ class Loader:
         return sum(rows) / sum(_width(batch, self._max_length) * len(batch) for batch in batches)
 
     def _arrange(self, epoch: int) -> list[list[int]]:
-        order = list(range(len(self._samples)))
+        size = self._size
+        units = [range(begin, begin + size) for begin in range(0, len(self._samples), size)]
+        order = list(range(len(units)))
         # A string seeds the generator through its digest, the same on every machine.
         generator = random.Random(f"{self._seed}/{epoch}")
         if self._shuffle:
             generator.shuffle(order)
         if not self._packing:
-            return [[index] for index in order]
-        packed = pack([self._lengths[index] for index in order], self._max_length)
-        rows = [[order[place] for place in row] for row in packed]
+            return [[index] for number in order for index in units[number]]
+        lengths = [sum(self._lengths[index] for index in units[number]) for number in order]
+        packed = pack(lengths, self._max_length)
+        rows = [[index for place in row for index in units[order[place]]] for row in packed]
         if self._shuffle:
             generator.shuffle(rows)
         else:
@@ -136,7 +156,11 @@ def _width(lengths: Sequence[int], max_length: int | None) -> int:
 
 
 def collate(
-    samples: Sequence[Sample], rows: Sequence[Sequence[int]], pad_id: int, max_length: int | None = None
+    samples: Sequence[Sample],
+    rows: Sequence[Sequence[int]],
+    pad_id: int,
+    max_length: int | None = None,
+    first_label: int = 1,
 ) -> Batch:
     """Lay samples into the rows of one batch.
 
@@ -145,6 +169,7 @@ def collate(
         rows: For each row the indexes of its samples.
         pad_id: Fills rows up to the width of the batch: the longest row, rounded up by `rounded_length`.
         max_length: The width is not rounded above this.
+        first_label: Labels of a sample before this token do not count.
     """
     lengths = [sum(len(samples[index].input_ids) for index in row) for row in rows]
     width = _width(lengths, max_length)
@@ -157,7 +182,8 @@ def collate(
             sample = samples[index]
             end = begin + len(sample.input_ids)
             input_ids[number, begin:end] = torch.tensor(sample.input_ids)
-            labels[number, begin + 1 : end] = torch.tensor(sample.labels[1:], dtype=torch.long)
+            learned = torch.tensor(sample.labels[first_label:], dtype=torch.long)
+            labels[number, begin + first_label : end] = learned
             position_ids[number, begin:end] = torch.arange(end - begin)
             begin = end
         position_ids[number, begin:] = torch.arange(width - begin)

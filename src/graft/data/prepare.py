@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NoReturn
@@ -34,11 +34,17 @@ class Dataset:
         report: What was read and what became of it.
         digest: SHA-256 over the content of the rows, the same for the same rows in another encoding or
             with other line ends.
+        labels: The classes by number, of texts with a class.
     """
 
     samples: list[Sample]
     report: Report
     digest: str
+    labels: tuple[str, ...] = ()
+
+
+Read = Callable[[str, Any, DataConfig, str], Dataset]
+"""What makes samples of a file: its path, an encoder, the settings, "train" or "eval"."""
 
 
 def make_encoder(tokenizer: Any, config: DataConfig) -> Encoder:
@@ -66,31 +72,46 @@ def prepare(path: str, tokenizer: Any, config: DataConfig, split: str = "train")
         StorageError: The file cannot be read.
     """
     encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
-    invalid: list[DataError] = []
-    reading = read_rows(path, split=split, on_invalid=invalid.append if config.skip_invalid else None)
-    rows = list(islice(reading, config.limit))
-    if not rows:
-        _refuse_all(path, [(error.where, error.what) for error in invalid])
+    rows, report = read_file(path, config, split)
     detected = detect(rows, config.format)
-    report = Report(path, detected.format, detected.reason, num_rows=len(rows) + len(invalid))
-    report.rejected = [(error.where, error.what) for error in invalid]
+    report.format, report.reason = detected.format, detected.reason
     examples = _examples(rows, detected, encoder, None if config.skip_invalid else _stop, report)
     samples = _encode(examples, encoder, config, report)
     if not samples:
-        _refuse_all(path, report.rejected)
-    _count(samples, encoder, report)
+        refuse_all(path, report.rejected)
+    count_samples(samples, encoder, report)
     _note(report, rows, detected, encoder)
     report.preview = [show_sample(sample, encoder.tokenizer) for sample in samples[:2]]
-    return Dataset(samples, report, _digest(rows))
+    return Dataset(samples, report, digest_of(rows))
 
 
-def prepare_splits(tokenizer: Any, config: DataConfig, *, seed: int = 0) -> tuple[Dataset, Dataset | None]:
+def read_file(path: str, config: DataConfig, split: str) -> tuple[list[Row], Report]:
+    """The rows of a file, and a report that says so far how many there are and which cannot be read.
+
+    Raises:
+        DataError: A row cannot be read (unless skip_invalid), or there is none.
+        StorageError: The file cannot be read.
+    """
+    invalid: list[DataError] = []
+    reading = read_rows(path, split=split, on_invalid=invalid.append if config.skip_invalid else None)
+    rows = list(islice(reading, config.limit))
+    rejected = [(error.where, error.what) for error in invalid]
+    if not rows:
+        refuse_all(path, rejected)
+    return rows, Report(path, "", "", num_rows=len(rows) + len(invalid), rejected=rejected)
+
+
+def prepare_splits(
+    tokenizer: Any, config: DataConfig, *, seed: int = 0, read: Read = prepare, size: int = 1
+) -> tuple[Dataset, Dataset | None]:
     """Prepare the training data and, where the configuration asks for it, the evaluation data.
 
     Args:
         tokenizer: A fast tokenizer of transformers.
         config: Must name `train`.
         seed: Decides what `eval_fraction` holds out.
+        read: What makes samples of a file.
+        size: So many samples after one another belong together.
 
     Raises:
         DataError: As `prepare`; or no training data is named.
@@ -99,20 +120,22 @@ def prepare_splits(tokenizer: Any, config: DataConfig, *, seed: int = 0) -> tupl
     if config.train is None:
         raise DataError("no training data is named", where="data.train", fix="give --data FILE or data.train")
     encoder = make_encoder(tokenizer, config)
-    train = prepare(config.train, encoder, config)
+    train = read(config.train, encoder, config, "train")
     if config.eval is not None:
-        held_out = prepare(config.eval, encoder, config, "eval")
-        held_out.report.num_overlap = count_overlap(train.samples, held_out.samples)
+        held_out = read(config.eval, encoder, config, "eval")
+        held_out.report.num_overlap = count_overlap(train.samples, held_out.samples, size)
         if held_out.report.num_overlap:
-            shared = f"{held_out.report.num_overlap} of {len(held_out.samples)} samples"
+            shared = f"{held_out.report.num_overlap} of {len(held_out.samples) // size} samples"
             held_out.report.notes.append(f"{shared} are also in the training data")
         return train, held_out
     if config.eval_fraction:
-        return split_eval(train, config.eval_fraction, seed, encoder)
+        return split_eval(train, config.eval_fraction, seed, encoder, size=size)
     return train, None
 
 
-def split_eval(dataset: Dataset, fraction: float, seed: int, encoder: Encoder) -> tuple[Dataset, Dataset]:
+def split_eval(
+    dataset: Dataset, fraction: float, seed: int, encoder: Encoder, *, size: int = 1
+) -> tuple[Dataset, Dataset]:
     """Hold out a share of the samples for evaluation.
 
     Which ones follows from the seed and each sample's own content, so that adding rows moves no others and
@@ -123,6 +146,7 @@ def split_eval(dataset: Dataset, fraction: float, seed: int, encoder: Encoder) -
         fraction: Share to hold out, in (0, 1); at least one sample is.
         seed: Another seed holds out others.
         encoder: Counts again what each part has.
+        size: So many samples after one another stay together.
 
     Returns:
         The training part and the evaluation part.
@@ -130,7 +154,8 @@ def split_eval(dataset: Dataset, fraction: float, seed: int, encoder: Encoder) -
     Raises:
         DataError: The samples are all equal, or there is only one.
     """
-    keys = [hashlib.sha256(str(seed).encode() + _key(sample)).digest() for sample in dataset.samples]
+    units = _units(dataset.samples, size)
+    keys = [hashlib.sha256(str(seed).encode() + b"".join(map(_key, unit))).digest() for unit in units]
     wanted = max(1, round(fraction * len(keys)))
     chosen: set[bytes] = set()
     ranked = sorted(keys)
@@ -144,23 +169,29 @@ def split_eval(dataset: Dataset, fraction: float, seed: int, encoder: Encoder) -
         )
     parts = []
     for held_out in (False, True):
-        samples = [s for s, key in zip(dataset.samples, keys, strict=True) if (key in chosen) == held_out]
+        kept = [unit for unit, key in zip(units, keys, strict=True) if (key in chosen) == held_out]
+        samples = [sample for unit in kept for sample in unit]
         report = replace(
             dataset.report, rejected=list(dataset.report.rejected), notes=list(dataset.report.notes)
         )
         report.notes.append(
-            f"{'held out' if held_out else 'kept'} {len(samples)} of {len(keys)} samples, seed {seed}"
+            f"{'held out' if held_out else 'kept'} {len(kept)} of {len(keys)} samples, seed {seed}"
         )
-        _count(samples, encoder, report)
-        report.preview = [show_sample(sample, encoder.tokenizer) for sample in samples[:2]]
-        parts.append(Dataset(samples, report, dataset.digest))
+        count_samples(samples, encoder, report)
+        if not dataset.labels:
+            report.preview = [show_sample(sample, encoder.tokenizer) for sample in samples[:2]]
+        parts.append(replace(dataset, samples=samples, report=report))
     return parts[0], parts[1]
 
 
-def count_overlap(train: Sequence[Sample], held_out: Sequence[Sample]) -> int:
-    """Samples of the second that are, token by token, also in the first."""
-    known = {_key(sample) for sample in train}
-    return sum(_key(sample) in known for sample in held_out)
+def count_overlap(train: Sequence[Sample], held_out: Sequence[Sample], size: int = 1) -> int:
+    """Samples of the second (in units of `size`) that are, token by token, also in the first."""
+    known = {tuple(map(_key, unit)) for unit in _units(train, size)}
+    return sum(tuple(map(_key, unit)) in known for unit in _units(held_out, size))
+
+
+def _units(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
+    return [samples[begin : begin + size] for begin in range(0, len(samples), size)]
 
 
 def render_preview(dataset: Dataset, tokenizer: Any, n: int = 2) -> str:
@@ -204,11 +235,12 @@ def _encode(
         remarks.update(found[0].remarks)
         samples += found
     report.num_split, report.num_truncated = remarks[SPLIT], remarks[TRUNCATED]
-    report.notes += [f"{_rows(count)} {remark}" for remark, count in remarks.items()]
+    report.notes += [f"{num_rows(count)} {remark}" for remark, count in remarks.items()]
     return samples
 
 
-def _count(samples: Sequence[Sample], encoder: Encoder, report: Report) -> None:
+def count_samples(samples: Sequence[Sample], encoder: Encoder, report: Report) -> None:
+    """Write into a report what samples hold."""
     report.num_samples = len(samples)
     report.num_tokens = sum(len(sample.input_ids) for sample in samples)
     report.num_labelled_tokens = sum(len(s.labels) - s.labels.count(IGNORED) for s in samples)
@@ -236,7 +268,7 @@ def _note(report: Report, rows: Sequence[Row], detected: Detected, encoder: Enco
         report.notes.append(f"{report.num_duplicates} samples are equal to an earlier one")
     if report.rejected:
         report.notes.append(
-            f"{_rows(len(report.rejected))} left out, the first: {': '.join(report.rejected[0])}"
+            f"{num_rows(len(report.rejected))} left out, the first: {': '.join(report.rejected[0])}"
         )
     lost = encoder.text.lost_characters(_characters([row.value for row in rows]))
     if lost:
@@ -250,11 +282,17 @@ def _characters(value: Any) -> set[str]:
     return set().union(*map(_characters, parts))
 
 
-def _rows(count: int) -> str:
+def num_rows(count: int) -> str:
+    """A count with its noun: "1 row", "2 rows"."""
     return "1 row" if count == 1 else f"{count:,} rows"
 
 
-def _refuse_all(path: str, rejected: list[tuple[str, str]]) -> NoReturn:
+def refuse_all(path: str, rejected: list[tuple[str, str]]) -> NoReturn:
+    """Say that no row of a file is left, and why.
+
+    Raises:
+        DataError: Always.
+    """
     if not rejected:
         raise DataError("the file holds no rows", where=path, fix="check that it was written completely")
     named = "; ".join(f"{where}: {reason}" for where, reason in rejected[:_NAMED])
@@ -270,7 +308,8 @@ def _key(sample: Sample) -> bytes:
     return hashlib.blake2b(repr((sample.input_ids, sample.labels)).encode(), digest_size=16).digest()
 
 
-def _digest(rows: Sequence[Row]) -> str:
+def digest_of(rows: Sequence[Row]) -> str:
+    """SHA-256 over the content of rows."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row.value, sort_keys=True, ensure_ascii=False).encode() + b"\n")

@@ -157,12 +157,16 @@ def head(model: Any, hidden: Tensor) -> Tensor:
         hidden: (..., H); any choice of positions.
 
     Returns:
-        (..., V) in the model's dtype: `head(model, hidden_states(model, ids))` is `model(ids).logits`.
+        (..., V) in the model's dtype: `head(model, hidden_states(model, ids))` is `model(ids).logits`. Of a
+        sequence classifier (..., classes), at every position.
 
     Raises:
         ModelError: The family is not known.
     """
     family = family_of(model)
+    if (classify := getattr(model, "score", None)) is not None:
+        scores: Tensor = classify(hidden)
+        return scores
     logits: Tensor = model.get_output_embeddings()(hidden)
     if family.multiplier:
         logits = logits * getattr(model.config, family.multiplier)

@@ -35,6 +35,8 @@ from graft.training.base_watch import BaseWatch
 
 FILE = "audit.json"
 
+RECOVERY_FILE = "audit-recovery.json"
+
 NUM_STEPS = 2
 """Steps that are audited. lora_A has no gradient before lora_B has moved, so one is not enough."""
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from graft import __version__
-from graft.adapters.attach import attach
 from graft.adapters.attached import Adapter, num_base_parameters
 from graft.config import from_dict, to_dict
 from graft.data.config import DataConfig
@@ -19,22 +18,41 @@ from graft.data.prepare import Dataset
 from graft.errors import CheckpointError, TrainingError
 from graft.files import sha256_file
 from graft.models.architecture import read_config
+from graft.models.classifier import is_classifier
 from graft.models.load import BaseModel, load, resolve
 from graft.models.packed import stored_method
 from graft.runs import RunDirectory
-from graft.training.checkpoint import Checkpoint, check_settings, newest_checkpoint
+from graft.training.checkpoint import Checkpoint, Position, check_settings, newest_checkpoint
 from graft.training.choices import (
     adapter_to_train,
     binding_settings,
     learning_rate,
     make_loader,
+    objective,
     precision,
     trained_tensors,
 )
 from graft.training.config import RunConfig
-from graft.training.inputs import load_base, prepare_data, rooted, within_context
+from graft.training.inputs import (
+    attach_adapter,
+    check_labels,
+    load_base,
+    prepare_data,
+    rooted,
+    within_context,
+)
 from graft.training.loop import Job, Training
 from graft.training.monitors import Monitor, Silent
+from graft.training.presets import preset_reasons, unusual
+from graft.training.recovery import (
+    begin_recovery,
+    check_dense_base,
+    check_schedule,
+    go_to_phase,
+    measured,
+    recovery_job,
+    to_dense_base,
+)
 from graft.training.results import Run, finished_run, use_best, write_results
 from graft.training.stopping import StopSignal, stop_at_once
 from graft.training.trackers.base import check_names
@@ -77,12 +95,12 @@ def run_from_config(config: RunConfig, monitor: Monitor | None = None) -> Run:
                 where="adapter",
                 fix="train an adapter on it (--method lora), or give the dense model",
             )
+        check_dense_base(config, path)
         model_config = read_config(path)
         config = within_context(config, model_config, monitor)
         train_data, eval_data = prepare_data(config, monitor)
-        base = load_base(config, monitor)
-        if config.adapter is not None:
-            attach(base.model, config.adapter, seed=config.training.seed)
+        base = load_base(config, monitor, train_data.labels)
+        attach_adapter(base, config)
     return _run(base, config, train_data, eval_data, RunDirectory.create(config.output), monitor)
 
 
@@ -112,13 +130,14 @@ def resume(path: str | os.PathLike[str], monitor: Monitor | None = None) -> Run:
     with run.lock():
         with stop_at_once("before it went on; its checkpoints stand", f"graft train --resume {path}"):
             train_data, eval_data = prepare_data(config, monitor)
-            base = load_base(config, monitor, in_memory=record.get("start") == IN_MEMORY)
-            if config.adapter is not None:
-                attach(base.model, config.adapter, seed=config.training.seed)
+            in_memory = record.get("start") == IN_MEMORY
+            base = load_base(config, monitor, train_data.labels, in_memory=in_memory)
+            attach_adapter(base, config)
             _check_unchanged(record, _identity(config, base, train_data, eval_data), run)
             checkpoint = newest_checkpoint(run, monitor.say)
             if checkpoint is not None:
                 check_settings(checkpoint, binding_settings(config), str(run.record_path))
+                go_to_phase(checkpoint, base, config, monitor)
         if checkpoint is None and record.get("start") == IN_MEMORY:
             raise CheckpointError(
                 "began with a model in memory and has no checkpoint: that start cannot be made again",
@@ -187,6 +206,7 @@ def train(
             "data": to_dict(data_config or DataConfig())
             | {"train": str(data), "eval": None if eval_data is None else str(eval_data)},
             "training": training,
+            "task": "classification" if is_classifier(base.model) else "generation",
             "output": str(output),
         },
         "graft.train",
@@ -194,10 +214,12 @@ def train(
     config = rooted(config)
     check_names(config.training.trackers)
     monitor = monitor or Silent()
+    check_dense_base(config, base.path)
     RunDirectory(output).check_new()
     config = within_context(config, base.model.config, monitor)
     with stop_at_once(*BEFORE_TRAINING):
         train_set, eval_set = prepare_data(config, monitor, base.tokenizer)
+        check_labels(base, train_set, adapter)
     # What the caller made of the model is in no configuration: only a checkpoint can bring it back.
     return _run(base, config, train_set, eval_set, RunDirectory.create(output), monitor, in_memory=True)
 
@@ -267,35 +289,78 @@ def _train(
     checkpoint: Checkpoint | None,
     record: dict[str, Any],
 ) -> Run:
-    go_on = f"graft train --resume {run.path}"
-    save_start = checkpoint is None and record.get("start") == IN_MEMORY
+    feeds, monitor = follow(config, run, record, monitor, resumed=checkpoint is not None)
+    with feeds.running():
+        training, position, adapter, count = _phases(
+            base, config, train_data, eval_data, run, monitor, checkpoint, record
+        )
     with stop_at_once(
-        "before the next step; what was saved stands",
-        f"remove {run.path} and start it again" if save_start else go_on,
+        "while the result was written; what it is made from is saved", f"graft train --resume {run.path}"
     ):
-        adapter = adapter_to_train(base.model)
-        job, reasons = _job(base, config, adapter, train_data, eval_data, run, monitor)
-        job.save_start = save_start
-        training = Training(job, checkpoint)
-        if training.optimizer.placement:
-            reasons["optimizer"] = training.optimizer.placement
-        reasons["steps"] = f"{training.num_steps} optimizer steps"
-        reasons["machine"] = str(training.figures.product_rate)
-        record["derived"] = reasons
-        run.write_record(record)
-        count = sum(p.numel() for p in job.parameters.values())
-        total = num_base_parameters(base.model)
-        monitor.say(f"trains {count:,} numbers in {len(job.parameters)} tensors; the base has {total:,}")
-        for name, why in reasons.items():
-            monitor.say(f"{name}: {why}")
-        feeds, job.monitor = follow(config, run, record, monitor, resumed=checkpoint is not None)
-    with job.stop.listen(), feeds.running():
-        position = training.run()
-    with stop_at_once("while the result was written; what it is made from is saved", go_on):
         conclude(record, run, training.figures, feeds)
-        monitor.say(use_best(job, position, config.training))
+        monitor.say(use_best(training.job, position, config.training))
         base.model.eval()
         return write_results(base, config, run, record, adapter, position, training.num_steps, count)
+
+
+def _phases(
+    base: BaseModel,
+    config: RunConfig,
+    train_data: Dataset,
+    eval_data: Dataset | None,
+    run: RunDirectory,
+    monitor: Monitor,
+    checkpoint: Checkpoint | None,
+    record: dict[str, Any],
+) -> tuple[Training, Position, Adapter | None, int]:
+    """Train to the end: one phase, or a second one on the dense base; how many numbers train comes last."""
+    go_on = f"graft train --resume {run.path}"
+
+    def assembled() -> tuple[Job, dict[str, str], Adapter | None]:
+        adapter = adapter_to_train(base.model)
+        return *_job(base, config, adapter, train_data, eval_data, run, monitor), adapter
+
+    while True:
+        save_start = checkpoint is None and record.get("start") == IN_MEMORY
+        with stop_at_once(
+            "before the next step; what was saved stands",
+            f"remove {run.path} and start it again" if save_start else go_on,
+        ):
+            job, reasons, adapter = assembled()
+            job.save_start = save_start
+            check_schedule(config.training, job.learning_rate)
+            if checkpoint is not None and checkpoint.position.recovering:
+                job = recovery_job(job, checkpoint.position, reasons)
+            training = Training(job, checkpoint)
+            if training.optimizer.placement:
+                reasons["optimizer"] = training.optimizer.placement
+            reasons["steps"] = f"{training.num_steps} optimizer steps"
+            reasons["machine"] = str(training.figures.product_rate)
+            reasons |= preset_reasons(config) | unusual(config, training.job.learning_rate)
+            record["derived"] = reasons
+            run.write_record(record)
+            count = _tell(job, reasons)
+        with job.stop.listen():
+            position = training.run()
+        if position.recovering or not config.training.recovery_steps:
+            return training, position, adapter, count
+        with stop_at_once("between the two phases; what was saved stands", go_on):
+            monitor.say(use_best(job, position, config.training))
+            quantized = measured(job)
+            assert adapter is not None
+            del job, training  # they hold the quantized base
+            to_dense_base(base, config, adapter, monitor)
+            checkpoint = begin_recovery(assembled()[0], position, quantized)
+
+
+def _tell(job: Job, reasons: Mapping[str, str]) -> int:
+    """Say what trains and why so; returns how many numbers."""
+    count = sum(p.numel() for p in job.parameters.values())
+    total = num_base_parameters(job.model)
+    job.monitor.say(f"trains {count:,} numbers in {len(job.parameters)} tensors; the base has {total:,}")
+    for name, why in reasons.items():
+        job.monitor.say(f"{name}: {why}")
+    return count
 
 
 def _job(
@@ -324,6 +389,7 @@ def _job(
         autocast=autocast,
         stop=StopSignal(),
         settings=binding_settings(config),
+        objective=objective(config, train_data),
     )
     if config.training.gradient_checkpointing:
         base.model.activation_checkpointing_enable({"use_reentrant": False})

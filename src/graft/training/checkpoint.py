@@ -47,6 +47,7 @@ class Position:
         metrics_bytes: Length of metrics.jsonl.
         spectra_bytes: Length of spectra.jsonl.
         best: The lowest evaluation loss so far.
+        recovery_start: Step at which the recovery phase began; -1 before it.
     """
 
     step: int = 0
@@ -61,6 +62,12 @@ class Position:
     metrics_bytes: int = 0
     spectra_bytes: int = 0
     best: BestEval = dataclasses.field(default_factory=BestEval)
+    recovery_start: int = -1
+
+    @property
+    def recovering(self) -> bool:
+        """Whether the run is in its recovery phase."""
+        return self.recovery_start >= 0
 
 
 def save_checkpoint(

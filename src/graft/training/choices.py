@@ -9,15 +9,18 @@ from torch import nn
 
 from graft.adapters.attached import Adapter, active_adapters, adapter_tensors, adapters_of
 from graft.config import to_dict
-from graft.data.loader import Loader
+from graft.data.loader import Kind, Loader
 from graft.data.prepare import Dataset
 from graft.errors import ConfigError, TrainingError
+from graft.evaluate.preferences import PreferenceLoss
 from graft.kernels.wide import is_wide
 from graft.models.load import BaseModel
 from graft.training.config import RunConfig, TrainingConfig
+from graft.training.objectives import Classes, Objective, Preferences
 
-DEFAULT_RATES = {"adapter": 2e-4, "full": 2e-5}
-"""Full fine-tuning wants about a tenth of an adapter's learning rate (LoRA Without Regret, 2025)."""
+DEFAULT_RATES = {"adapter": 2e-4, "full": 2e-5, "preferences": 5e-6}
+"""Full fine-tuning wants about a tenth of an adapter's learning rate (LoRA Without Regret, 2025); preferences
+want little (5e-6 in the alignment-handbook's QLoRA recipe for DPO)."""
 
 MAY_MOVE = ("output", "model.name", "data.train", "data.eval", "data.chat_template")
 """Fields that say where something lies; what lies there is compared by digest."""
@@ -119,6 +122,8 @@ def learning_rate(config: TrainingConfig, adapter: Adapter | None) -> tuple[floa
     """The peak learning rate, and why it is this one."""
     if config.learning_rate is not None:
         return config.learning_rate, f"{config.learning_rate:g}, as asked"
+    if config.loss != "cross_entropy":
+        return DEFAULT_RATES["preferences"], f"{DEFAULT_RATES['preferences']:g}: usual for preferences"
     rate = DEFAULT_RATES["full" if adapter is None else "adapter"]
     return rate, f"{rate:g}: " + (
         "full fine-tuning wants about a tenth of an adapter's" if adapter is None else "usual for adapters"
@@ -137,4 +142,25 @@ def make_loader(data: Dataset, config: RunConfig, base: BaseModel, *, train: boo
         seed=config.training.seed,
         shuffle=train and config.data.shuffle,
         pad_id=pad_id,
+        kind=sample_kind(config),
     )
+
+
+def sample_kind(config: RunConfig) -> Kind:
+    """What the samples of a run are."""
+    if config.task == "classification":
+        return "class"
+    return "text" if config.training.loss == "cross_entropy" else "pair"
+
+
+def objective(config: RunConfig, data: Dataset) -> Objective | None:
+    """What is learned in place of labelled tokens; None for these."""
+    if config.task == "classification":
+        return Classes(len(data.labels))
+    training = config.training
+    if training.loss == "cross_entropy":
+        return None
+    loss = PreferenceLoss(
+        kind=training.loss, beta=training.dpo_beta, label_smoothing=training.dpo_label_smoothing
+    )
+    return Preferences(loss)

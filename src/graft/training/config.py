@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from typing import Literal, NoReturn
 
 from graft.adapters.lora import LoraConfig
+from graft.config import Settings
 from graft.data.config import DataConfig
 from graft.errors import ConfigError
 from graft.quant.config import QuantizationConfig
+from graft.training.contradictions import check_objective, check_run
+from graft.training.presets import check_filled_in, fill_in
 from graft.training.sizes import check_paging
 
 MOST_EPOCHS = 1e9
@@ -125,6 +128,17 @@ class TrainingConfig:
     """Write out the checkpoint with the lowest evaluation loss; null does so when early stopping is on."""
     max_nonfinite_steps: int = 5
     """Steps in a row with a NaN or infinite loss or gradient, each skipped, before the run stops."""
+    loss: Literal["cross_entropy", "dpo", "ipo"] = "cross_entropy"
+    """What is minimized; dpo and ipo learn from preferences (a chosen and a rejected answer), with the base
+    under the adapter as the reference."""
+    dpo_beta: float = 0.1
+    """How strongly dpo and ipo are tied to the base: the reward is beta times the log-ratio."""
+    dpo_label_smoothing: float = 0.0
+    """Share of preferences that dpo takes to be the wrong way round."""
+    recovery_steps: int = 0
+    """After training on a quantized base: so many steps more on the dense base that it was made from."""
+    recovery_learning_rate: float | None = None
+    """Peak learning rate of these steps; null takes a tenth of the run's."""
     audit: Literal["sampled", "full", "none"] = "sampled"
     """Checks that every tensor learns, that the output changes and that the base does not; "full" reads every
     byte of the base at the start and the end instead of samples."""
@@ -156,6 +170,7 @@ class TrainingConfig:
             "early_stopping_min_delta": 0,
             "min_lr_ratio": 0,
             "seed": 0,
+            "recovery_steps": 0,
         }
         optional = {
             "max_steps": 1,
@@ -175,7 +190,8 @@ class TrainingConfig:
                 _refuse(name, value, f"at least {lowest}, and finite")
         if self.seed >= 2**63:
             _refuse("seed", self.seed, "below 2**63")
-        for name in ("num_epochs", "adam_epsilon", "learning_rate", "decay_ratio"):
+        positive = ("num_epochs", "adam_epsilon", "learning_rate", "decay_ratio", "dpo_beta")
+        for name in (*positive, "recovery_learning_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 _refuse(name, value, "above 0")
@@ -188,6 +204,7 @@ class TrainingConfig:
                 _refuse(name, value, f"from 0 to {'1' if top == 1 else 'below 1'}")
         _check_schedule(self)
         _check_optimizer(self)
+        check_objective(self)
 
 
 ACTS_ON = {
@@ -280,8 +297,19 @@ class RunConfig:
     """What it is trained on."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How."""
+    task: Literal["generation", "classification"] = "generation"
+    """What the model is trained for; classification puts a head over the classes of rows with a text and a
+    label in the place of the output head."""
+    preset: str | None = None
+    """Fills in what is left out with values that are good for a kind of task: classification, generation,
+    instruction, domain or preference."""
     output: str = "runs/latest"
     """The run directory."""
+
+    @staticmethod
+    def fill_in(settings: Settings) -> Settings:
+        """Put in the values of a preset; `graft.config.build` does so before anything is checked."""
+        return fill_in(settings)
 
     def __post_init__(self) -> None:
         """Check what no single section can see.
@@ -320,6 +348,8 @@ class RunConfig:
                 where="training.spectrum_steps",
                 fix="add an adapter section, or leave it out",
             )
+        check_filled_in(self)
+        check_run(self)
         needy = ("early_stopping_patience", "early_stopping_min_delta", "load_best_at_end")
         for name in (*needy, "keep_best_checkpoints"):
             asked = getattr(self.training, name) not in (None, False, 0, getattr(TrainingConfig, name))

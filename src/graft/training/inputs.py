@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
-from graft.adapters.attached import num_base_parameters
+from graft.adapters.attach import attach
+from graft.adapters.attached import Adapter, num_base_parameters
+from graft.data.classes import ClassReader
+from graft.data.preferences import PLAIN, prepare_pairs
 from graft.data.prepare import Dataset, prepare_splits
 from graft.data.report import shorten_sample
 from graft.errors import ConfigError
 from graft.models.architecture import context_tokens
+from graft.models.classifier import HEAD, as_classifier, is_classifier, labels_of
 from graft.models.load import BaseModel, load, load_tokenizer
 from graft.models.locate import rooted_name
 from graft.quant.advice import advice
@@ -58,8 +63,8 @@ def prepare_data(
             "no training data", where="data.train", fix="--data FILE, or data.train in the config"
         )
     tokenizer = tokenizer or load_tokenizer(config.model.name, config.model.revision)
-    train_data, eval_data = prepare_splits(tokenizer, config.data, seed=config.training.seed)
-    if config.data.chat_template and train_data.report.format in ("text", "prompt_completion"):
+    train_data, eval_data = _splits(tokenizer, config)
+    if config.data.chat_template and train_data.report.format in ("text", "prompt_completion", PLAIN):
         raise ConfigError(
             f"a chat template does not act on {train_data.report.format} data",
             where="data.chat_template",
@@ -79,6 +84,15 @@ def prepare_data(
     return train_data, eval_data
 
 
+def _splits(tokenizer: Any, config: RunConfig) -> tuple[Dataset, Dataset | None]:
+    seed = config.training.seed
+    if config.task == "classification":
+        return prepare_splits(tokenizer, config.data, seed=seed, read=ClassReader())
+    if config.training.loss != "cross_entropy":
+        return prepare_splits(tokenizer, config.data, seed=seed, read=prepare_pairs, size=2)
+    return prepare_splits(tokenizer, config.data, seed=seed)
+
+
 def _describe_data(name: str, data: Dataset) -> str:
     report = data.report
     lines = [
@@ -89,8 +103,17 @@ def _describe_data(name: str, data: Dataset) -> str:
     return "\n".join([*lines, *(f"  {note}" for note in report.notes)])
 
 
-def load_base(config: RunConfig, monitor: Monitor, *, in_memory: bool = False) -> BaseModel:
-    """The base that the configuration names; `in_memory`: the run began with a model loaded before."""
+def load_base(
+    config: RunConfig, monitor: Monitor, labels: Sequence[str] = (), *, in_memory: bool = False
+) -> BaseModel:
+    """The base that the configuration names, a classifier where it asks for one.
+
+    Args:
+        config: The configuration.
+        monitor: Who is told.
+        labels: The classes by number, for a classifier.
+        in_memory: Whether the run began with a model loaded before.
+    """
     # Weights that train start from what the files hold, unless their caller had loaded them in another dtype.
     as_stored = config.adapter is None and not in_memory
     base = load(
@@ -106,7 +129,41 @@ def load_base(config: RunConfig, monitor: Monitor, *, in_memory: bool = False) -
         num_quantized = sum(layer.in_features * layer.out_features for layer in layers)
         if told := advice(base.quantization, num_base_parameters(base.model), num_quantized):
             monitor.say(f"advice: {told}")
+    if config.task == "classification":
+        as_classifier(base, labels, seed=config.training.seed)
     return base
+
+
+def attach_adapter(base: BaseModel, config: RunConfig) -> None:
+    """Put the adapter that the configuration asks for on a base; a classifier's head trains with it."""
+    wanted = config.adapter
+    if wanted is None:
+        return
+    if config.task == "classification" and HEAD not in wanted.modules_to_save:
+        wanted = dataclasses.replace(wanted, modules_to_save=(*wanted.modules_to_save, HEAD))
+    attach(base.model, wanted, seed=config.training.seed)
+
+
+def check_labels(base: BaseModel, data: Dataset, adapter: Adapter | None) -> None:
+    """Refuse a classifier in memory whose classes are not those of the data, or whose head does not train.
+
+    Raises:
+        ConfigError: In these cases.
+    """
+    if not is_classifier(base.model):
+        return
+    if labels_of(base.model) != data.labels:
+        raise ConfigError(
+            f"the model has the labels {list(labels_of(base.model))[:10]}, the data {list(data.labels)[:10]}",
+            where=data.report.path,
+            fix="graft.as_classifier(base, labels) with the labels of the data, in this order",
+        )
+    if adapter is not None and HEAD not in adapter.saved_modules:
+        raise ConfigError(
+            f"the head of the classifier is frozen at its random start: {HEAD!r} is not in modules_to_save",
+            where="adapter.modules_to_save",
+            fix=f'LoraConfig(modules_to_save=("{HEAD}",))',
+        )
 
 
 def _describe(base: BaseModel) -> str:

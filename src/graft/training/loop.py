@@ -19,6 +19,7 @@ from graft.evaluate.loss import evaluate_loss, token_losses
 from graft.models.experts import Experts
 from graft.runs import LineLog, RunDirectory
 from graft.training.audit import FILE as AUDIT
+from graft.training.audit import RECOVERY_FILE as RECOVERY_AUDIT
 from graft.training.audit import Audit
 from graft.training.audit_findings import Subject
 from graft.training.checkpoint import Checkpoint, Position, copy_into, restore_random_state, save_checkpoint
@@ -26,6 +27,7 @@ from graft.training.config import TrainingConfig
 from graft.training.figures import figures_of
 from graft.training.groups import treatments
 from graft.training.monitors import Monitor
+from graft.training.objectives import Objective
 from graft.training.optim import Optimizer
 from graft.training.schedule import Schedule
 from graft.training.stopping import StopSignal
@@ -48,6 +50,8 @@ class Job:
         stop: Set by a signal.
         save_start: Whether to save before the first step: for a start that no configuration describes.
         settings: What a resumed run must have as this one has it, by name.
+        objective: What is learned in place of the labelled tokens; None for these.
+        first_step: Steps that an earlier phase of the run took.
     """
 
     model: nn.Module
@@ -62,6 +66,8 @@ class Job:
     stop: StopSignal = field(default_factory=StopSignal)
     save_start: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    objective: Objective | None = None
+    first_step: int = 0
 
 
 class _EvaluationStopped(Exception):  # noqa: N818 - a signal between two functions of this file
@@ -81,8 +87,9 @@ class Training:
         treated = treatments(job.model, job.parameters, job.config, job.learning_rate)
         self.optimizer = Optimizer(job.parameters, job.config, treated, job.run.path)
         self.position = checkpoint.position if checkpoint else Position()
-        self.num_steps = num_steps(job.loader, job.config)
-        self.schedule = Schedule.of(job.config, job.learning_rate, self.num_steps)
+        steps = num_steps(job.loader, job.config)
+        self.num_steps = job.first_step + steps
+        self.schedule = Schedule.of(job.config, job.learning_rate, steps)
         self.device = next(iter(job.parameters.values())).device
         self.figures = figures_of(job, treated, self.num_steps)
         self._saved_step = self.position.step if checkpoint else -1
@@ -104,7 +111,7 @@ class Training:
             job.learning_rate,
             fresh,
             job.config.gradient_checkpointing,
-            job.run.path / AUDIT,
+            job.run.path / (RECOVERY_AUDIT if job.first_step else AUDIT),
             job.monitor.say,
         )
 
@@ -157,7 +164,7 @@ class Training:
 
     def _step(self, batches: list[Batch]) -> None:
         position, started = self.position, time.perf_counter()
-        learning_rate = self.schedule.rate(position.step)
+        learning_rate = self.schedule.rate(position.step - self.job.first_step)
         self.audit.begin(batches[0])
         loss = self._accumulate(batches)
         norm = self.optimizer.gradient_norm() if math.isfinite(loss) else math.nan
@@ -184,6 +191,8 @@ class Training:
             "num_tokens": position.num_tokens,
             **by_group,
         }
+        if self.job.objective is not None:
+            record |= self.job.objective.figures()
         if not applied:
             record["skipped"] = (
                 "the loss is not finite" if not math.isfinite(loss) else "a gradient is not finite"
@@ -199,11 +208,17 @@ class Training:
 
         Every token weighs the same however the batches are cut, so the gradient is that of one large batch.
         """
-        num_labelled = sum(batch.num_labelled_tokens for batch in batches)
+        objective = self.job.objective
+        num_labelled = sum(
+            batch.num_labelled_tokens if objective is None else objective.weight(batch) for batch in batches
+        )
         total = 0.0
         for batch in batches:
             with self._precision():
-                loss_sum, _ = token_losses(self.job.model, self._on_device(batch))
+                if objective is None:
+                    loss_sum, _ = token_losses(self.job.model, self._on_device(batch))
+                else:
+                    loss_sum = objective.loss(self.job.model, self._on_device(batch))
             total += float(loss_sum.detach())
             if not math.isfinite(total):
                 break
@@ -282,19 +297,25 @@ class Training:
     def _evaluate(self) -> None:
         position, config, loader = self.position, self.job.config, self.job.eval_loader
         assert loader is not None
+        batches, objective = self._until_stopped(loader.epoch(0)), self.job.objective
+        figures: dict[str, float] = {}
         with self._precision():
-            report = evaluate_loss(self.job.model, self._until_stopped(loader.epoch(0)))
+            if objective is None:
+                loss = evaluate_loss(self.job.model, batches).loss
+            else:
+                loss, figures = objective.evaluate(self.job.model, map(self._on_device, batches))
         best = position.best.update(
-            report.loss, position.step, config.early_stopping_min_delta, config.keep_best_checkpoints
+            loss, position.step, config.early_stopping_min_delta, config.keep_best_checkpoints
         )
         position.last_eval_step = position.step
         record: dict[str, Any] = {
             "step": position.step,
-            "eval_loss": report.loss if math.isfinite(report.loss) else None,
+            "eval_loss": loss if math.isfinite(loss) else None,
             "best": best,
+            **figures,
         }
         self.metrics.write(record)
-        self.job.monitor.evaluated({**record, "eval_loss": report.loss})
+        self.job.monitor.evaluated({**record, "eval_loss": loss})
         patience = config.early_stopping_patience
         if patience is not None and position.best.num_worse >= patience and position.step < self.num_steps:
             position.stopped_early = True

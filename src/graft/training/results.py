@@ -16,6 +16,7 @@ from graft.adapters.attached import Adapter
 from graft.adapters.peft_format import save_adapter
 from graft.data.templates import read_template
 from graft.errors import CheckpointError, TrainingError
+from graft.models.classifier import is_classifier, labels_of
 from graft.models.fingerprint import Fingerprint
 from graft.models.load import BaseModel
 from graft.models.locate import rooted_name
@@ -25,6 +26,7 @@ from graft.training.checkpoint import Position, copy_into, load_checkpoint
 from graft.training.config import RunConfig, TrainingConfig
 from graft.training.loop import Job
 from graft.training.monitors import peak_memory_bytes
+from graft.training.recovery import recovery_results
 from graft.training.report import write_run_report
 
 
@@ -47,15 +49,21 @@ class Run:
 
 def use_best(job: Job, position: Position, config: TrainingConfig) -> str:
     """Put back the weights with the lowest evaluation loss where that is asked for; returns what was done."""
-    wanted = config.load_best_at_end
-    if wanted is None:
-        wanted = config.early_stopping_patience is not None
     best = position.best
-    if not wanted or best.loss is None or best.step == position.step:
+    if result_step(position, config) == position.step:
         return f"result: the weights after step {position.step}"
     checkpoint = load_checkpoint(job.run.checkpoint_path(best.step))
     copy_into(job.parameters, checkpoint.trained, str(checkpoint.path))
     return f"result: the weights after step {best.step}, with the lowest evaluation loss ({best.loss:.4f})"
+
+
+def result_step(position: Position, config: TrainingConfig) -> int:
+    """The step whose weights are the result."""
+    wanted = config.load_best_at_end
+    if wanted is None:
+        wanted = config.early_stopping_patience is not None
+    best = position.best
+    return best.step if wanted and best.loss is not None else position.step
 
 
 def write_results(
@@ -81,6 +89,11 @@ def write_results(
         "chat_template": read_template(config.data.chat_template) if config.data.chat_template else None,
         "steps": position.step,
     }
+    recovered = recovery_results(run, position, result_step(position, config.training))
+    if recovered:
+        facts["recovery"] = {**recovered, "trained_before_on": record["identity"]["base quantization"]}
+    if is_classifier(base.model):
+        facts["labels"] = list(labels_of(base.model))
     if adapter is not None:
         save_adapter(base.model, run.adapter_path, adapter.name, facts=facts)
     else:
@@ -100,6 +113,7 @@ def write_results(
         "best_eval_step": position.best.step if position.best.loss is not None else None,
         "num_trained": num_trained,
         "peak_memory_bytes": peak_memory_bytes(),
+        **recovered,
     }
     run.check_present()  # also after the weights, which take long and would make the directory anew
     record = {**record, "status": "finished", "results": results}

@@ -1,0 +1,251 @@
+"""Preferences: rows with a prompt and two answers, one chosen and one rejected, as pairs of samples.
+
+A prompt is a text, a list of messages, or an instruction; the answers are texts, messages or lists of
+messages, in role/content or from/value. Only the answers are learned from.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from graft.data.config import DataConfig
+from graft.data.examples import (
+    Conversation,
+    Message,
+    column_text,
+    continued,
+    history_of,
+    plain_pair,
+    read_alpaca,
+)
+from graft.data.formats import PROMPTS, Example, Pair
+from graft.data.masking import Encoder
+from graft.data.prepare import (
+    Dataset,
+    count_samples,
+    digest_of,
+    make_encoder,
+    num_rows,
+    read_file,
+    refuse_all,
+)
+from graft.data.report import Report, show_sample
+from graft.data.samples import TRUNCATED, Rejected, Sample
+from graft.data.sources import Row
+from graft.errors import DataError
+
+PLAIN, CHAT = "preference", "preference_chat"
+"""What a report calls rows of texts, and rows that the chat template renders."""
+
+ANSWERS = ("chosen", "rejected")
+_HISTORIES = ("conversations", "conversation", "messages", "prompt")
+_KNOWN = {*ANSWERS, *_HISTORIES, *PROMPTS, "instruction", "system", "history", "tools"}
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two examples with one prompt; the first has the better answer."""
+
+    chosen: Example
+    rejected: Example
+    where: str
+
+
+def read_preference(row: Row, *, chat: bool) -> Preference:
+    """Read one row.
+
+    Args:
+        row: With "chosen" and "rejected", and a prompt: "prompt" (or "question", "query", "input") as text
+            or messages, "conversations", "messages", or "instruction" and perhaps "input". Without any, both
+            answers are whole conversations and what they begin with in common is the prompt.
+        chat: Whether the tokenizer has a chat template; without one from/value and instruction rows are
+            written with headings, as for supervised data.
+
+    Raises:
+        DataError: A part is missing or malformed, or the answers have no prompt.
+    """
+    value = row.value
+    if not isinstance(value, dict) or not all(name in value for name in ANSWERS):
+        there = ", ".join(map(repr, value)) if isinstance(value, dict) else "one text"
+        raise DataError(
+            f"a preference needs the columns 'chosen' and 'rejected'; the row has {there or 'none'}",
+            where=row.where,
+            fix="name them so, or leave out training.loss: dpo",
+        )
+    chosen, rejected = (_example(row, name, chat=chat) for name in ANSWERS)
+    return Preference(chosen, rejected, row.where)
+
+
+def _example(row: Row, name: str, *, chat: bool) -> Example:
+    value = row.value
+    assert isinstance(value, dict)
+    answer = value[name]
+    if isinstance(answer, str) and "instruction" in value:
+        conversation = read_alpaca(Row({**value, "output": answer}, row.where))
+        conversation = Conversation(
+            conversation.messages, row.where, conversation.tools, len(conversation.messages) - 1
+        )
+        return conversation if chat else plain_pair(conversation)
+    history = next((value[key] for key in _HISTORIES if isinstance(value.get(key), list)), None)
+    prompt = next((key for key in PROMPTS if isinstance(value.get(key), str)), None)
+    if history is None and prompt is not None and isinstance(answer, str):
+        return Pair(column_text(row, prompt), answer, row.where)
+    if history is None and prompt is not None:
+        history = [{"role": "user", "content": value[prompt]}]
+    turns = _turns(answer, name, row)
+    if history is None:
+        history, turns = _apart(turns, row, name)
+    return _conversation(history_of(history, row), turns, [*history, *turns], row, chat=chat)
+
+
+def _conversation(
+    history: list[Message], turns: list[Any], raws: list[Any], row: Row, *, chat: bool
+) -> Example:
+    made = continued(history, history_of(turns, row), row)
+    from_value = any(isinstance(raw, dict) and "from" in raw for raw in raws)
+    return plain_pair(made) if from_value and not chat else made
+
+
+def _turns(answer: Any, name: str, row: Row) -> list[Any]:
+    """An answer as messages.
+
+    Raises:
+        DataError: It is none, or does not end with the assistant.
+    """
+    if isinstance(answer, str):
+        return [{"role": "assistant", "content": answer}]
+    turns = [answer] if isinstance(answer, dict) else answer
+    if not isinstance(turns, list) or not turns:
+        raise DataError(
+            f"column {name!r} must hold a text, a message or messages, not {answer!r:.60}",
+            where=row.where,
+            fix=f'"{name}": "..." or [{{"role": "assistant", "content": "..."}}]',
+        )
+    if not str(history_of(turns[-1:], row)[0]["role"]).startswith("assistant"):
+        raise DataError(
+            f"column {name!r} does not end with an answer of the assistant", where=row.where, fix="end it so"
+        )
+    return turns
+
+
+def _apart(turns: list[Any], row: Row, name: str) -> tuple[list[Any], list[Any]]:
+    """Whole conversations: the messages that both begin with are the prompt.
+
+    Raises:
+        DataError: They have none in common, or are texts without a prompt.
+    """
+    assert isinstance(row.value, dict)
+    other = row.value[next(key for key in ANSWERS if key != name)]
+    common = 0
+    if isinstance(other, list):
+        most = min(len(turns), len(other)) - 1
+        common = next((i for i in range(most) if turns[i] != other[i]), most)
+    if not common:
+        raise DataError(
+            "the row has no prompt, and its answers begin with no message in common",
+            where=row.where,
+            fix="give the prompt in a column 'prompt', as text or messages",
+        )
+    return turns[:common], turns[common:]
+
+
+def prepare_pairs(path: str, tokenizer: Any, config: DataConfig, split: str = "train") -> Dataset:
+    """Read a file of preferences and encode it.
+
+    Args:
+        path: The file or directory.
+        tokenizer: A fast tokenizer of transformers, or an `Encoder`.
+        config: `max_length` holds for each answer with its prompt; `on_overlong` truncates both at the
+            right, drops the pair, or is an error.
+        split: "train" or "eval".
+
+    Returns:
+        Samples in twos: chosen, rejected, chosen, ...
+
+    Raises:
+        DataError: A row is wrong (unless skip_invalid), or no pair can be learned from; names file and line.
+        StorageError: The file cannot be read.
+    """
+    encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
+    rows, report = read_file(path, config, split)
+    preferences = list(_preferences(rows, encoder, config, report))
+    chats = any(isinstance(each.chosen, Conversation) for each in preferences)
+    report.format = CHAT if chats else PLAIN
+    report.reason = "the columns 'chosen' and 'rejected' are there"
+    samples = _samples(preferences, encoder, config, report)
+    if not samples:
+        refuse_all(path, report.rejected)
+    count_samples(samples, encoder, report)
+    report.num_duplicates = len(samples) // 2 - len({_ids(pair) for pair in _pairs(samples)})
+    assert isinstance(rows[0].value, dict)
+    if unused := [name for name in rows[0].value if name not in _KNOWN]:
+        report.notes.append(f"columns that are not used: {', '.join(unused)}")
+    if report.num_duplicates:
+        report.notes.append(f"{report.num_duplicates} pairs are equal to an earlier one")
+    if report.rejected:
+        left, first = num_rows(len(report.rejected)), ": ".join(report.rejected[0])
+        report.notes.append(f"{left} left out, the first: {first}")
+    report.preview = [show_sample(sample, encoder.tokenizer) for sample in samples[:2]]
+    return Dataset(samples, report, digest_of(rows))
+
+
+def _preferences(
+    rows: Sequence[Row], encoder: Encoder, config: DataConfig, report: Report
+) -> Iterator[Preference]:
+    for row in rows:
+        try:
+            yield read_preference(row, chat=encoder.has_template)
+        except DataError as error:
+            if not config.skip_invalid:
+                raise
+            report.rejected.append((error.where, error.what))
+
+
+def _samples(
+    preferences: Sequence[Preference], encoder: Encoder, config: DataConfig, report: Report
+) -> list[Sample]:
+    examples = [example for each in preferences for example in (each.chosen, each.rejected)]
+    found = list(encoder.encode(examples, config.max_length, config.on_overlong))
+    samples: list[Sample] = []
+    remarks: Counter[str] = Counter()
+    for index in range(0, len(found), 2):
+        halves = [half if isinstance(half, Rejected) else half[0] for half in found[index : index + 2]]
+        where = preferences[index // 2].where
+        bad = next((half for half in halves if isinstance(half, Rejected)), None)
+        if isinstance(bad, Rejected):
+            _refuse(bad, ANSWERS[halves.index(bad)], config)
+            report.rejected.append((where, f"{ANSWERS[halves.index(bad)]}: {bad.reason}"))
+            continue
+        pair = [half for half in halves if isinstance(half, Sample)]
+        if pair[0].input_ids == pair[1].input_ids:
+            cut = any(TRUNCATED in half.remarks for half in pair)
+            after = f" after the cut at max_length {config.max_length:,}" if cut else ""
+            report.rejected.append((where, f"nothing to prefer: both answers are the same{after}"))
+            continue
+        report.num_used += 1
+        remarks.update({remark for half in pair for remark in half.remarks})
+        samples += pair
+    report.num_truncated = remarks[TRUNCATED]
+    report.notes += [f"{num_rows(count)} {remark}" for remark, count in remarks.items()]
+    return samples
+
+
+def _refuse(bad: Rejected, name: str, config: DataConfig) -> None:
+    """Stop at an answer that is wrong, or too long where that is an error.
+
+    Raises:
+        DataError: It is.
+    """
+    if (bad.invalid and not config.skip_invalid) or (bad.overlong and config.on_overlong == "error"):
+        raise DataError(f"{name}: {bad.reason}", where=bad.where, fix=bad.fix)
+
+
+def _pairs(samples: Sequence[Sample]) -> list[Sequence[Sample]]:
+    return [samples[begin : begin + 2] for begin in range(0, len(samples), 2)]
+
+
+def _ids(pair: Sequence[Sample]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(sample.input_ids) for sample in pair)
