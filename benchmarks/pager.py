@@ -7,7 +7,8 @@ The tensors are those of rank-64 adapters on all linear layers of SmolLM2-135M: 
 numbers, 19.5 million in all. Pages go to a file in the given directory. Budgets and the unpaged optimizer
 take turns in one process; ratios are taken within a turn and their median is printed, with the pages fetched
 in a step. "flushed": the file is written to the disk and dropped from the system's page cache before every
-step, so that what is fetched comes from the disk. Writes results/pager.json.
+step, so that what is fetched comes from the disk. Writes the rows of the optimizers that ran into
+results/pager.json.
 """
 
 from __future__ import annotations
@@ -120,14 +121,17 @@ def main() -> None:
     )
     parser.add_argument("--small", action="store_true", help="two layers, few turns, no file")
     parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
     parser.add_argument("--directory", default=tempfile.gettempdir(), help="of the spill files")
     args = parser.parse_args()
     layers, turns = (2, 3) if args.small else (LAYERS, args.turns)
-    rows = []
-    for name in OPTIMIZERS:
+    path = Path(__file__).parent / "results" / "pager.json"
+    rows = files.read_json(path)["rows"] if path.exists() else []
+    rows = [row for row in rows if row["optimizer"] not in args.optimizers]
+    for name in args.optimizers:
         for flushed in (False, True):
             for row in measure(name, layers, turns, args.directory, flushed=flushed):
-                rows.append(row)
+                rows.append({**row, "turns": turns})
                 print(
                     f"{name:11} {'flushed' if flushed else 'cached':8} {row['share']:5.0%} of "
                     f"{row['state_bytes'] / 1e6:6.1f} MB {row['milliseconds']:8.1f} ms {row['ratio']:6.2f} x "
@@ -139,8 +143,7 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
-        path = Path(__file__).parent / "results" / "pager.json"
-        files.write_json(path, {**machine, "turns": turns, "rows": rows})
+        files.write_json(path, {**machine, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -115,15 +115,15 @@ def test_removed_while_the_result_is_written(
 def test_removed_while_a_checkpoint_is_written(
     config: Callable[[str], RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from graft import files
+    from graft.training import checkpoint
 
-    out, real = tmp_path / "run", files.write_tensors
+    out, real = tmp_path / "run", checkpoint.write_state
 
     def remove(*arguments: Any, **named: Any) -> None:
         shutil.rmtree(out)
         real(*arguments, **named)
 
-    monkeypatch.setattr(files, "write_tensors", remove)
+    monkeypatch.setattr(checkpoint, "write_state", remove)
     with pytest.raises(StorageError, match="removed or moved"):
         run_from_config(config("run"))
     assert not out.exists()
