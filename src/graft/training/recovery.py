@@ -69,7 +69,7 @@ def check_schedule(config: TrainingConfig, peak: float) -> None:
 
 
 def recovery_training(config: TrainingConfig, peak: float) -> tuple[TrainingConfig, float]:
-    """The settings of the recovery phase, those of the run but for length and rate; and its peak rate."""
+    """The settings of the recovery phase, and its peak rate: the run's, but for its length and all rates."""
     rate = config.recovery_learning_rate or DEFAULT_SHARE * peak
     of_groups = {name: value * rate / peak for name in RATES if (value := getattr(config, name)) is not None}
     return dataclasses.replace(config, max_steps=config.recovery_steps, learning_rate=rate, **of_groups), rate

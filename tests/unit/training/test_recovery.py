@@ -28,8 +28,9 @@ from graft.quant.linear import quantized_modules
 from graft.runs import read_lines
 from graft.training import build as building
 from graft.training.build import resume, run_from_config
-from graft.training.config import RunConfig
+from graft.training.config import RunConfig, TrainingConfig
 from graft.training.loop import Training
+from graft.training.recovery import recovery_training
 
 ADAPTER = "adapter/adapter_model.safetensors"
 LATER = ("quantization=nf4", "training.recovery_steps=4")
@@ -100,11 +101,21 @@ def test_the_model_that_trains_is_dense(
     assert kinds == [True] * 6 + [False] * 4
 
 
+def test_rates_of_groups_fall_with_the_others() -> None:
+    config = TrainingConfig(
+        learning_rate=1e-3, embedding_learning_rate=1e-4, recovery_steps=5, recovery_learning_rate=1e-5
+    )
+    phase, rate = recovery_training(config, 1e-3)
+    assert (rate, phase.learning_rate, phase.max_steps) == (1e-5, 1e-5, 5)
+    assert phase.embedding_learning_rate == pytest.approx(1e-6)
+
+
 @pytest.mark.parametrize("stop_at", [2, 6, 7, 9])
 def test_a_stop_in_either_phase(
     stop_at: int, config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = ("adapter.dropout=0.2", "training.eval_steps=3", "training.load_best_at_end=true")
+    more = (*more, "training.optimizer_memory=4KB") if stop_at == 7 else more
     straight = run_from_config(config("straight", *more))
     real = Training._step
 
