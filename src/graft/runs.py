@@ -6,6 +6,7 @@ runs/first/
     timings.jsonl     speed and memory of each logged step; differs from run to run
     spectra.jsonl     singular values of the adapter's updates, now and then; the same bytes for the same run
     audit.json        what the audit of the first steps saw
+    splits.json       from which steps on memory allowed fewer rows at a time; only where it ran out
     checkpoints/step-NNNNNN/
     adapter/          the result: a PEFT adapter directory (or model/ after full fine-tuning)
     report.html

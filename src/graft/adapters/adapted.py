@@ -31,9 +31,11 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The base output with the active adapters' updates: x (..., in) to (..., out)."""
+        layers: list[Any] = [self.adapters[name] for name in self.active]
+        begun = [layer.begin(x) if hasattr(layer, "begin") else None for layer in layers]
         output: Tensor = self.base_layer(x)
-        for name in self.active:
-            output = self.adapters[name](x, output, self.base)
+        for layer, start in zip(layers, begun, strict=True):
+            output = layer(x, output, self.base) if start is None else start(output, self.base)
         return output
 
     def activate(self, names: tuple[str, ...]) -> None:

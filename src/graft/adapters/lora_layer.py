@@ -6,6 +6,7 @@ Shapes: x (..., in), y (..., out), lora_A (rank, in), lora_B (out, rank); N is t
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,10 +65,36 @@ class LoraLinear(nn.Module):
             x = x.to(base_output.dtype)
         if self.training and self.dropout:
             x = functional.dropout(x, self.dropout)
-        # A view, or an output that a hook may have kept, must not change under its holder.
-        fresh = base.kind == "linear" and not base_output._is_view() and not base.module._forward_hooks
+        fresh = _is_fresh(base_output, base)
         update: Tensor = LoraUpdate.apply(x, base_output, self.lora_A, self.lora_B, self.scaling, fresh)
         return update
+
+    def begin(self, x: Tensor) -> Callable[[Tensor, BaseLayer], Tensor] | None:
+        """Do what needs no base output, so that all that is kept for the backward pass is kept by then.
+
+        A recomputation that stops once it has everything then leaves the base product out.
+
+        Args:
+            x: As for `forward`.
+
+        Returns:
+            The rest of `forward`, as a function of base_output and base; None where it must be done in one.
+        """
+        if (
+            not torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled(x.device.type)
+        ):
+            return None
+        if self.training and self.dropout:
+            x = functional.dropout(x, self.dropout)
+        place, down = _LoraDown.apply(x, self.lora_A, self.lora_B, self.scaling)
+
+        def finish(base_output: Tensor, base: BaseLayer) -> Tensor:
+            fresh = _is_fresh(base_output, base)
+            return _LoraUp.apply(base_output, place, down, self.lora_B.detach(), self.scaling, fresh)
+
+        return finish
 
     def reference_forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """The same in plain differentiable torch operations: what `forward` is tested against."""
@@ -105,41 +132,106 @@ class LoraUpdate(Function):
         in_place: bool,
     ) -> Tensor:
         """One dtype in x (..., in) and base_output (..., out); in_place writes into base_output."""
-        out_features, in_features = lora_B.shape[0], lora_A.shape[1]
-        dtype = _product_dtype(x)
         with _no_autocast(x.device.type):
-            down = x.reshape(-1, in_features).to(dtype) @ lora_A.to(dtype).t()
-            flat = base_output.view(-1, out_features) if in_place else base_output.reshape(-1, out_features)
-            result = _plus_product(flat, down, lora_B.to(dtype).t(), scaling, in_place)
+            down = _down(x, lora_A)
+            result = _with_update(base_output, down, lora_B, scaling, in_place)
         if in_place:
             ctx.mark_dirty(base_output)
-            result = base_output
-        else:
-            result = result.view(base_output.shape)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.x_shape = scaling, x.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, down, lora_A, lora_B)
-        ctx.x_shape = x.shape
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients to x, base_output, lora_A and lora_B."""
-        x, down, lora_A, lora_B = ctx.saved_tensors
         needs_x, needs_base, needs_A, needs_B = ctx.needs_input_grad[:4]
-        grad_x = grad_A = grad_B = None
-        with _no_autocast(grad.device.type):
-            flat = grad.reshape(-1, lora_B.shape[0]).to(down.dtype)
-            if needs_x or needs_A:
-                grad_down = (flat @ lora_B.to(down.dtype)).mul_(ctx.scaling)
-                if needs_x:
-                    grad_x = (grad_down @ lora_A.to(down.dtype)).to(grad.dtype).view(ctx.x_shape)
-                if needs_A:
-                    wide = x.reshape(-1, lora_A.shape[1]).to(down.dtype)
-                    grad_A = (grad_down.t() @ wide).to(lora_A.dtype)
-            if needs_B:
-                grad_B = (flat.t() @ down).to(lora_B.dtype).mul_(ctx.scaling)
+        grad_x, grad_A, grad_B = _gradients(ctx, grad, needs_x, needs_A, needs_B)
         return grad_x, grad if needs_base else None, grad_A, grad_B, None, None
+
+
+class _LoraDown(Function):
+    """The half of LoraUpdate that keeps everything: x A', and a tensor that stands for (x A') B'.
+
+    The stand-in has the shape of the update and no memory; the gradient that comes back through it is that
+    of the update.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        down = _down(x, lora_A)
+        ctx.scaling, ctx.x_shape = scaling, x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, down, lora_A, lora_B)
+        place = x.new_empty(1).expand(*x.shape[:-1], len(lora_B))
+        ctx.mark_non_differentiable(down)
+        return place, down
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, grad, *ctx.needs_input_grad[:3]), None
+
+
+class _LoraUp(Function):
+    """The other half: the base output with the update added; keeps nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base_output: Tensor,
+        place: Tensor,
+        down: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        in_place: bool,
+    ) -> Tensor:
+        if in_place:
+            ctx.mark_dirty(base_output)
+        return _with_update(base_output, down, lora_B, scaling, in_place)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs_base, needs_update = ctx.needs_input_grad[:2]
+        return grad if needs_base else None, grad if needs_update else None, None, None, None, None
+
+
+def _is_fresh(base_output: Tensor, base: BaseLayer) -> bool:
+    # A view, or an output that a hook may have kept, must not change under its holder.
+    return base.kind == "linear" and not base_output._is_view() and not base.module._forward_hooks
+
+
+def _down(x: Tensor, lora_A: Tensor) -> Tensor:
+    """X A', (N, rank), in the dtype of products."""
+    dtype = _product_dtype(x)
+    return x.reshape(-1, lora_A.shape[1]).to(dtype) @ lora_A.to(dtype).t()
+
+
+def _with_update(base_output: Tensor, down: Tensor, lora_B: Tensor, scaling: float, in_place: bool) -> Tensor:
+    width = len(lora_B)
+    flat = base_output.view(-1, width) if in_place else base_output.reshape(-1, width)
+    result = _plus_product(flat, down, lora_B.to(down.dtype).t(), scaling, in_place)
+    return base_output if in_place else result.view(base_output.shape)
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, needs_x: bool, needs_A: bool, needs_B: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of x, lora_A and lora_B, from what a context keeps and the gradient of the update."""
+    x, down, lora_A, lora_B = ctx.saved_tensors
+    grad_x = grad_A = grad_B = None
+    with _no_autocast(grad.device.type):
+        flat = grad.reshape(-1, lora_B.shape[0]).to(down.dtype)
+        if needs_x or needs_A:
+            grad_down = (flat @ lora_B.to(down.dtype)).mul_(ctx.scaling)
+            if needs_x:
+                grad_x = (grad_down @ lora_A.to(down.dtype)).to(grad.dtype).view(ctx.x_shape)
+            if needs_A:
+                wide = x.reshape(-1, lora_A.shape[1]).to(down.dtype)
+                grad_A = (grad_down.t() @ wide).to(lora_A.dtype)
+        if needs_B:
+            grad_B = (flat.t() @ down).to(lora_B.dtype).mul_(ctx.scaling)
+    return grad_x, grad_A, grad_B
 
 
 class LoraEmbedding(nn.Module):

@@ -87,6 +87,11 @@ class Loader:
         self._pad_id = pad_id
         self._rows_of: tuple[int, list[list[int]]] = (-1, [])
 
+    @property
+    def rows_together(self) -> int:
+        """Neighbouring rows of a batch that may not be parted: 2 where each half of a pair has a row."""
+        return 1 if self._packing else self._size
+
     def num_batches(self, epoch: int = 0) -> int:
         """Batches of an epoch; the same for every epoch."""
         return -(-len(self.rows(epoch)) // self._batch_size)
@@ -118,6 +123,10 @@ class Loader:
         rows = [sum(self._lengths[index] for index in row) for row in self.rows(epoch)]
         batches = [rows[begin : begin + self._batch_size] for begin in range(0, len(rows), self._batch_size)]
         return sum(rows) / sum(_width(batch, self._max_length) * len(batch) for batch in batches)
+
+    def widest(self) -> int:
+        """Tokens of the widest rows of the first epoch, padding included."""
+        return _width([sum(self._lengths[index] for index in row) for row in self.rows(0)], self._max_length)
 
     def _arrange(self, epoch: int) -> list[list[int]]:
         size = self._size

@@ -109,7 +109,8 @@ def head_losses(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
 class _FrozenHeadLosses(torch.autograd.Function):
     """Losses whose gradient to the hidden states is ready before the backward pass begins.
 
-    Each loss depends on its own hidden state only, so the backward pass just weighs the rows.
+    Each loss depends on its own hidden state only, so the backward pass just weighs the rows. A chunk holds
+    its logits in the model's dtype, one copy in fp32 and their gradient.
     """
 
     @staticmethod
@@ -120,9 +121,10 @@ class _FrozenHeadLosses(torch.autograd.Function):
             chunk = slice(start, start + size)
             with torch.enable_grad():
                 leaf = hidden[chunk].detach().requires_grad_()
-                found = _chunk_losses(model, leaf, targets[chunk])
-                (gradient[chunk],) = torch.autograd.grad(found.sum(), leaf)
-            losses[chunk] = found.detach()
+                logits = _logits(model, leaf)
+            losses[chunk], slope = _losses_and_slope(logits.detach(), targets[chunk])
+            (gradient[chunk],) = torch.autograd.grad(logits, leaf, slope.to(logits.dtype))
+            del logits, slope
         ctx.save_for_backward(gradient)
         return losses
 
@@ -137,11 +139,24 @@ def _is_frozen(model: nn.Module) -> bool:
     return not any(p.requires_grad for p in head_module.get_output_embeddings().parameters())
 
 
-def _chunk_losses(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def _losses_and_slope(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each row and its derivative by the logits, softmax - one-hot, in one fp32 copy."""
+    slope = logits.to(torch.float32, copy=True)
+    top = slope.amax(-1, keepdim=True)
+    chosen = slope.gather(-1, targets[:, None]) - top
+    total = slope.sub_(top).exp_().sum(-1, keepdim=True)
+    slope.div_(total).scatter_add_(-1, targets[:, None], slope.new_full((len(targets), 1), -1.0))
+    return (total.log_() - chosen)[:, 0], slope
+
+
+def _logits(model: nn.Module, hidden: Tensor) -> Tensor:
     # A count of labels that differs in each batch would be a new shape each time; see rounded_length.
-    spare = rounded_length(len(targets)) - len(targets)
-    logits = head(model, functional.pad(hidden, (0, 0, 0, spare)))[: len(targets)]
-    return functional.cross_entropy(logits.float(), targets, reduction="none")
+    spare = rounded_length(len(hidden)) - len(hidden)
+    return head(model, functional.pad(hidden, (0, 0, 0, spare)) if spare else hidden)[: len(hidden)]
+
+
+def _chunk_losses(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(_logits(model, hidden).float(), targets, reduction="none")
 
 
 def evaluate_loss(model: nn.Module, batches: Iterable[Batch]) -> LossReport:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from graft.kernels.wide import is_wide, wide_linear, wide_linear_backward
+from graft.models.lean_attention import lean_attention, takes
 
 MIN_ROWS = 16
 """Rows of x from which making the weight wide pays; torch's plain loop keeps up with memory for fewer."""
@@ -129,6 +130,8 @@ def wide_attention(
             module, query, key, value, attention_mask, **settings
         )
         return plain
+    if takes(query, key, value, attention_mask, settings):
+        return lean_attention(query, key, value, attention_mask, settings.get("scaling")), None
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.float()
     wide = (part.float() for part in (query, key, value))

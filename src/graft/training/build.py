@@ -42,6 +42,7 @@ from graft.training.inputs import (
     within_context,
 )
 from graft.training.loop import Job, Training
+from graft.training.memory import predicted_memory, prepared
 from graft.training.monitors import Monitor, Silent
 from graft.training.presets import preset_reasons, unusual
 from graft.training.recovery import (
@@ -338,9 +339,13 @@ def _phases(
             reasons["machine"] = str(training.figures.product_rate)
             reasons |= preset_reasons(config) | unusual(config, training.job.learning_rate)
             record["derived"] = reasons
+            learned = train_data.report.num_labelled_tokens / train_data.report.num_tokens
+            predicted = predicted_memory(job, learned, packed=config.data.packing)
+            record["predicted_memory"] = predicted.to_dict()
             run.write_record(record)
             count = _tell(job, reasons)
-        with job.stop.listen():
+            monitor.say(f"memory: {predicted.describe()}")
+        with job.stop.listen(), prepared(job):
             position = training.run()
         if position.recovering or not config.training.recovery_steps:
             return training, position, adapter, count
@@ -391,6 +396,4 @@ def _job(
         settings=binding_settings(config),
         objective=objective(config, train_data),
     )
-    if config.training.gradient_checkpointing:
-        base.model.activation_checkpointing_enable({"use_reentrant": False})
     return job, reasons

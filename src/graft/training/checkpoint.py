@@ -48,6 +48,7 @@ class Position:
         spectra_bytes: Length of spectra.jsonl.
         best: The lowest evaluation loss so far.
         recovery_start: Step at which the recovery phase began; -1 before it.
+        splits: [step, rows] from which steps on forward passes had fewer rows, for want of memory.
     """
 
     step: int = 0
@@ -63,6 +64,7 @@ class Position:
     spectra_bytes: int = 0
     best: BestEval = dataclasses.field(default_factory=BestEval)
     recovery_start: int = -1
+    splits: list[list[int]] = dataclasses.field(default_factory=list)
 
     @property
     def recovering(self) -> bool:

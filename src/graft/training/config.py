@@ -109,8 +109,9 @@ class TrainingConfig:
     """Directory of that file, which has no name and is gone with the process; null takes the run's."""
     seed: int = 0
     """Seeds adapter initialisation, data order and dropout."""
-    gradient_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["none", "full"] | int = False
+    """Recompute blocks in the backward pass: "full" (or true) all of them, for less memory and about a
+    quarter more time; a number n every n-th block; "none" (or false) no block."""
     eval_steps: int | None = None
     """Evaluate every so many steps; null evaluates at the end of each epoch and of the run."""
     save_steps: int | None = None
@@ -205,6 +206,7 @@ class TrainingConfig:
         _check_schedule(self)
         _check_optimizer(self)
         check_objective(self)
+        _check_memory(self)
 
 
 ACTS_ON = {
@@ -277,6 +279,13 @@ def _check_optimizer(config: TrainingConfig) -> None:
     check_paging(config.optimizer_memory, config.optimizer_host_memory, config.optimizer_spill)
     if config.learning_rate is None and config.optimizer in ("sgd", "lion"):
         _refuse("learning_rate", None, f"given with {config.optimizer}: the usual ones are AdamW's")
+
+
+def _check_memory(config: TrainingConfig) -> None:
+    choice = config.gradient_checkpointing
+    named = isinstance(choice, bool) or choice in ("none", "full")
+    if not named and (not isinstance(choice, int) or choice < 1):
+        _refuse("gradient_checkpointing", choice, '"none", "full", true, false or a number of blocks from 1')
 
 
 def _refuse(name: str, value: object, wanted: str) -> NoReturn:

@@ -17,6 +17,7 @@ from graft.data.loader import Batch, Loader
 from graft.errors import StopRequested, StorageError, TrainingError
 from graft.evaluate.loss import evaluate_loss, token_losses
 from graft.models.experts import Experts
+from graft.models.recipes import Recipes
 from graft.runs import LineLog, RunDirectory
 from graft.training.audit import FILE as AUDIT
 from graft.training.audit import RECOVERY_FILE as RECOVERY_AUDIT
@@ -29,7 +30,10 @@ from graft.training.groups import treatments
 from graft.training.monitors import Monitor
 from graft.training.objectives import Objective
 from graft.training.optim import Optimizer
+from graft.training.recompute import every
 from graft.training.schedule import Schedule
+from graft.training.splitting import FILE as SPLITS
+from graft.training.splitting import Splitter
 from graft.training.stopping import StopSignal
 
 
@@ -52,6 +56,7 @@ class Job:
         settings: What a resumed run must have as this one has it, by name.
         objective: What is learned in place of the labelled tokens; None for these.
         first_step: Steps that an earlier phase of the run took.
+        recipes: How the backward pass gets what it needs; see `memory.prepared`.
     """
 
     model: nn.Module
@@ -68,6 +73,7 @@ class Job:
     settings: Mapping[str, Any] = field(default_factory=dict)
     objective: Objective | None = None
     first_step: int = 0
+    recipes: Recipes = field(default_factory=Recipes)
 
 
 class _EvaluationStopped(Exception):  # noqa: N818 - a signal between two functions of this file
@@ -93,6 +99,13 @@ class Training:
         self.device = next(iter(job.parameters.values())).device
         self.figures = figures_of(job, treated, self.num_steps)
         self._saved_step = self.position.step if checkpoint else -1
+        self.splitter = Splitter(
+            self.position.splits,
+            job.run.path / SPLITS,
+            lambda text: job.monitor.say(text),
+            self._release,
+            job.loader.rows_together,
+        )
         self.audit = Audit(self._subject(fresh=checkpoint is None and not job.save_start), job.config.audit)
         self._experts = [path for path, module in job.model.named_modules() if isinstance(module, Experts)]
         if checkpoint:
@@ -110,7 +123,7 @@ class Training:
             self.optimizer,
             job.learning_rate,
             fresh,
-            job.config.gradient_checkpointing,
+            bool(every(job.config.gradient_checkpointing)),
             job.run.path / (RECOVERY_AUDIT if job.first_step else AUDIT),
             job.monitor.say,
         )
@@ -212,9 +225,12 @@ class Training:
         num_labelled = sum(
             batch.num_labelled_tokens if objective is None else objective.weight(batch) for batch in batches
         )
-        total = 0.0
+        return self.splitter.run(self.position.step, batches, lambda parts: self._passes(parts, num_labelled))
+
+    def _passes(self, batches: Iterator[Batch], num_labelled: int) -> float:
+        objective, total = self.job.objective, 0.0
         for batch in batches:
-            with self._precision():
+            with self._precision(), self.job.recipes.hooks():
                 if objective is None:
                     loss_sum, _ = token_losses(self.job.model, self._on_device(batch))
                 else:
@@ -223,7 +239,14 @@ class Training:
             if not math.isfinite(total):
                 break
             (loss_sum / num_labelled).backward()
+            self.job.recipes.finish()
         return total / num_labelled
+
+    def _release(self) -> None:
+        self.optimizer.clear()
+        self.job.recipes.finish()
+        if self.job.objective is not None:
+            self.job.objective.figures()  # what the failed passes counted
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.job.autocast is None:

@@ -114,6 +114,8 @@ def write_results(
         "num_trained": num_trained,
         "peak_memory_bytes": peak_memory_bytes(),
         **recovered,
+        "predicted_memory_bytes": record["predicted_memory"]["peak_bytes"],
+        "splits": position.splits or None,
     }
     run.check_present()  # also after the weights, which take long and would make the directory anew
     record = {**record, "status": "finished", "results": results}

@@ -1,0 +1,183 @@
+"""Norms and gated MLPs that keep less for the backward pass: instances that stand in for a model's own.
+
+What transformers' modules leave behind for each token of a block of Llama's kind, in numbers: the norm's
+input once more in float32, its output, silu(gate), and silu(gate) * up. The stand-ins keep the norm's input,
+gate and up, which are needed in any case, and make the rest again by the same operations: outputs have the
+same bits, gradients too but for the order in which a norm's parts join that of the residual.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from graft.models.recipes import Cheap, Recipes, autocast_now
+
+_NORM = re.compile(r"(?:RMS|Layer)Norm$")
+
+_GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+"""The children of an MLP that computes down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
+
+_CHUNK_ELEMENTS = 1 << 17
+"""Numbers that a norm's backward pass works on at a time, so that they stay in a core's cache."""
+
+
+class _StandIn(nn.Module):
+    """Has the parameters, buffers, children and attributes of another module, under the same names."""
+
+    def __init__(self, original: nn.Module, recipes: Recipes) -> None:
+        super().__init__()
+        self.__dict__["original"] = original
+        self.__dict__["recipes"] = recipes
+        # The same dictionaries: what is put into one is in the other.
+        for name in ("_parameters", "_buffers", "_modules"):
+            self.__dict__[name] = original.__dict__[name]
+        self.training = original.training
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["original"], name)
+
+
+class LeanNorm(_StandIn):
+    """A norm over the last dimension that keeps its input, in the input's dtype, and nothing else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size) to (..., size), as the original has it."""
+        if not torch.is_grad_enabled():
+            result: Tensor = self.original(x)
+            return result
+        trained = [p for p in self.original.parameters() if p.requires_grad]
+        output: Tensor = _Recomputed.apply(x, self.original, *trained)
+        self.recipes.note("norm", output, self.original, x)
+        return output
+
+
+class _Recomputed(torch.autograd.Function):
+    """A cheap module whose backward pass begins with its forward pass, a part of the rows at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module, *trained: Tensor) -> Tensor:
+        ctx.module, ctx.precision = module, autocast_now(x.device.type)
+        ctx.save_for_backward(x, *trained)
+        result: Tensor = module(x)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *trained = ctx.saved_tensors
+        with torch.enable_grad(), ctx.precision():
+            if trained:
+                leaf = x.detach().requires_grad_()
+                found = torch.autograd.grad(ctx.module(leaf), [leaf, *trained], grads[0])
+                return found[0], None, *found[1:]
+            rows, upper = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
+            result = torch.empty_like(rows)
+            size = max(1, _CHUNK_ELEMENTS // x.shape[-1])
+            for start in range(0, len(rows), size):
+                part = slice(start, start + size)
+                leaf = rows[part].detach().requires_grad_()
+                (result[part],) = torch.autograd.grad(ctx.module(leaf), leaf, upper[part])
+        return result.view(x.shape), None
+
+
+class GatedMLP(_StandIn):
+    """down_proj(act_fn(gate_proj(x)) * up_proj(x)) that keeps gate_proj's and up_proj's outputs only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., hidden size) to (..., hidden size)."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        act: Cheap = self.act_fn
+        if not torch.is_grad_enabled():
+            result: Tensor = self.down_proj(act(gate) * up)
+            return result
+        inner: Tensor = _Gated.apply(gate, up, act)
+
+        def again(gate: Tensor, up: Tensor) -> Tensor:
+            return act(gate) * up
+
+        self.recipes.note("gated", inner, again, gate, up)
+        output: Tensor = self.down_proj(inner)
+        return output
+
+
+class _Gated(torch.autograd.Function):
+    """act(gate) * up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: Cheap) -> Tensor:
+        ctx.act, ctx.precision = act, autocast_now(gate.device.type)
+        ctx.save_for_backward(gate, up)
+        return act(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        grad = grads[0]
+        with torch.enable_grad(), ctx.precision():
+            leaf = gate.detach().requires_grad_()
+            active = ctx.act(leaf)
+            (grad_gate,) = torch.autograd.grad(active, leaf, grad * up)
+        return grad_gate, grad * active.detach(), None
+
+
+@contextlib.contextmanager
+def lean(model: nn.Module, recipes: Recipes) -> Iterator[int]:
+    """Within the block the model's norms and gated MLPs are stand-ins; afterwards its own modules are back.
+
+    Args:
+        model: A transformers model, with adapters or without. Names of parameters stay what they are.
+        recipes: Told how what is not kept is made; its hooks go around the forward pass.
+
+    Yields:
+        How many modules were replaced.
+    """
+    replaced = {
+        path: (module, stand_in)
+        for path, module in model.named_modules()
+        if (stand_in := _stand_in(module, recipes)) is not None
+    }
+    try:
+        for path, (_, stand_in) in replaced.items():
+            model.set_submodule(path, stand_in)
+        yield len(replaced)
+    finally:
+        for path, (module, stand_in) in replaced.items():
+            module.training = stand_in.training
+            model.set_submodule(path, module)
+
+
+def _stand_in(module: nn.Module, recipes: Recipes) -> nn.Module | None:
+    children = dict(module.named_children())
+    if not children and _NORM.search(type(module).__name__):
+        return LeanNorm(module, recipes)
+    if children.keys() == _GATED and _is_plainly_gated(module):
+        return GatedMLP(module, recipes)
+    return None
+
+
+def _is_plainly_gated(module: Any) -> bool:
+    """Whether an MLP computes what its children's names say; a probe through both tells, bit for bit."""
+    probe = next(p for p in module.down_proj.parameters())
+    width = module.gate_proj.in_features
+    dtype = getattr(module.gate_proj, "compute_dtype", None) or probe.dtype
+    dtype = dtype if dtype.is_floating_point else torch.float32
+    x = torch.linspace(-1, 1, 2 * width, device=probe.device).view(1, 2, width).to(dtype)
+    was_training = module.training
+    try:
+        module.eval()  # no dropout
+        with torch.no_grad():
+            named = module.down_proj(module.act_fn(module.gate_proj(x)) * module.up_proj(x))
+            return bool(torch.equal(module(x), named))
+    finally:
+        module.train(was_training)

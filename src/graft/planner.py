@@ -1,0 +1,204 @@
+"""Memory of a training step, predicted from shapes alone, term by term.
+
+What is added up is what graft itself holds: the base as it is stored, what trains with gradient and moments,
+what the backward pass needs of every token (`graft.models.lean` says what that is), a chunk of logits, and
+the largest passing tensors. Formulas are for decoders of Llama's kind; other families come out roughly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from graft.adapters.attached import adapter_modules
+from graft.evaluate.loss import CHUNK_LOGITS
+from graft.kernels.wide import PART_ELEMENTS, is_wide
+from graft.models.families import family_of, layer_index
+from graft.models.layers import BaseLayer
+
+LIBRARIES_BYTES = 330 << 20
+"""What Python, torch and transformers hold on a CPU before a model is there; a GPU holds none of it."""
+
+STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "lion": 4.0, "sgd": 0.0}
+"""Bytes of an optimizer's state for each number that trains; sgd's with momentum is a float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """What a model with what trains on it is, as far as memory goes."""
+
+    base_bytes: int
+    """Stored weights, each once, without what trains beside them."""
+    adapter_numbers: int
+    """Numbers that train beside the base."""
+    base_numbers_trained: int
+    """Numbers of the base that train themselves."""
+    num_blocks: int
+    hidden: int
+    vocabulary: int
+    block_numbers: int
+    """Numbers of a token that one block keeps for the backward pass, in the dtype of activations."""
+    block_float32: int
+    """Numbers of a token that one block keeps in float32."""
+    widest: int
+    """Most numbers of a token in one tensor of a block."""
+    scratch_bytes: int
+    """Memory in which weights are decoded or made wide."""
+    activation_bytes: int
+    """Of a number in activations."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What of a run decides about the memory of its steps."""
+
+    rows: int
+    tokens: int
+    """Of a row."""
+    labelled: float = 1.0
+    """Share of the tokens that are learned."""
+    optimizer: str = "adamw"
+    momentum: bool = False
+    accumulation: int = 1
+    recomputed_every: int = 0
+    """0: nothing is recomputed; n: every n-th block."""
+    packed: bool = False
+    """Whether rows hold several documents, told apart by a mask."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Terms in bytes; `peak_bytes` is the larger of two moments: the ends of the two passes."""
+
+    libraries: int
+    base: int
+    adapter: int
+    optimizer: int
+    gradients: int
+    activations: int
+    logits: int
+    passing: int
+    scratch: int
+    peak_bytes: int
+
+    def to_dict(self) -> dict[str, int]:
+        """Plain values for run.json."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """One line: the sum and its terms in MiB, largest first."""
+        terms = {name: value for name, value in asdict(self).items() if name != "peak_bytes" and value}
+        ordered = sorted(terms.items(), key=lambda term: -term[1])
+        told = ", ".join(f"{name} {value / 2**20:,.1f}" for name, value in ordered)
+        return f"about {self.peak_bytes / 2**20:,.0f} MiB at most: {told}"
+
+
+def shapes_of(model: Any, trained: Mapping[str, nn.Parameter]) -> Shapes:
+    """Read the shapes of a model; its tensors may be on the meta device.
+
+    Args:
+        model: A transformers model of a known family, quantized or not, with adapters or without.
+        trained: What trains, by name.
+
+    Raises:
+        ModelError: The family is not known.
+    """
+    stored = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    beside = {id(p) for p in _adapter_tensors(model)}
+    base = [tensor for key, tensor in stored.items() if key not in beside]
+    trained_ids = {id(p) for p in trained.values()}
+    config = model.config.get_text_config()
+    blocks = model.get_submodule(family_of(model).layers)
+    kept, kept_float32, widest = _block(model, config)
+    any_tensor = model.get_input_embeddings().weight
+    dtype = any_tensor.dtype
+    layers = [layer for module in model.modules() if (layer := BaseLayer.of(module)) is not None]
+    quantized = [layer for layer in layers if layer.quantized]
+    largest = max((layer.in_features * layer.out_features for layer in quantized), default=0)
+    wide = is_wide(dtype, any_tensor.device.type)
+    scratch = 4 * PART_ELEMENTS if wide else largest * dtype.itemsize
+    return Shapes(
+        base_bytes=sum(tensor.numel() * tensor.element_size() for tensor in base),
+        adapter_numbers=sum(p.numel() for p in trained.values() if id(p) in beside),
+        base_numbers_trained=sum(t.numel() for t in base if id(t) in trained_ids),
+        num_blocks=len(blocks),
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        block_numbers=kept,
+        block_float32=kept_float32,
+        widest=widest,
+        scratch_bytes=scratch,
+        activation_bytes=dtype.itemsize,
+    )
+
+
+def _adapter_tensors(model: nn.Module) -> list[nn.Parameter]:
+    return [
+        p
+        for module in adapter_modules(model).values()
+        for name, p in module.named_parameters()
+        if not name.startswith(("base_layer.", "original."))
+    ]
+
+
+def _block(model: Any, config: Any) -> tuple[int, int, int]:
+    """Numbers that a block keeps of a token: in its own dtype, in float32; and its widest tensor."""
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    # Two residuals; q, k, v, attention's output; gate and up, or the two sides of the activation.
+    kept = 2 * config.hidden_size + 2 * heads * size + 2 * keys * size + 2 * inner
+    ranks = [
+        len(layer.lora_A)
+        for path, module in adapter_modules(model).items()
+        if layer_index(path) == 0
+        for layer in getattr(module, "adapters", {}).values()
+        if hasattr(layer, "lora_A")
+    ]
+    return kept, heads + sum(ranks), max(inner, config.hidden_size, heads * size)
+
+
+def predict(shapes: Shapes, step: Step, *, device_type: str = "cpu") -> Prediction:
+    """The memory of a training step.
+
+    Args:
+        shapes: Of the model.
+        step: Of the run.
+        device_type: On a GPU the libraries' own memory is not counted, as torch does not.
+
+    Returns:
+        The terms and the peak.
+    """
+    tokens = step.rows * step.tokens
+    trained = shapes.adapter_numbers + shapes.base_numbers_trained
+    whole = shapes.activation_bytes * shapes.block_numbers + 4 * shapes.block_float32
+    recomputed = shapes.num_blocks // step.recomputed_every if step.recomputed_every else 0
+    per_token = (shapes.num_blocks - recomputed) * whole
+    per_token += recomputed * shapes.activation_bytes * shapes.hidden + (whole if recomputed else 0)
+    mask = step.rows * step.tokens**2 if step.packed else 0
+    chunk = min(tokens * step.labelled, CHUNK_LOGITS // shapes.vocabulary)
+    # The logits, their float32 copy, their gradient and, where it is padded, that once more.
+    logits = int(chunk * shapes.vocabulary * (4 + 3 * shapes.activation_bytes))
+    passing = tokens * shapes.widest * (8 + 2 * shapes.activation_bytes)
+    state = 4.0 if step.momentum and step.optimizer == "sgd" else STATE_BYTES[step.optimizer]
+    terms = {
+        "libraries": LIBRARIES_BYTES if device_type == "cpu" else 0,
+        "base": shapes.base_bytes,
+        "adapter": 4 * shapes.adapter_numbers,
+        "optimizer": int(state * trained),
+        "gradients": 4 * trained,
+        "activations": tokens * per_token + mask,
+        "logits": logits,
+        "passing": passing,
+        "scratch": shapes.scratch_bytes,
+    }
+    lasting = sum(terms[name] for name in ("libraries", "base", "adapter", "optimizer", "scratch"))
+    early = terms["gradients"] if step.accumulation > 1 else 0
+    forward = terms["activations"] + max(logits, passing) + early
+    # The norm, the clipped gradients and the update go through everything that trains once more.
+    backward = 2 * terms["gradients"]
+    return Prediction(**terms, peak_bytes=lasting + max(forward, backward))
