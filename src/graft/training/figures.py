@@ -12,9 +12,11 @@ from torch import Tensor
 
 from graft.adapters.attached import adapter_tensors, adapters_of
 from graft.data.loader import Batch
+from graft.kernels.wide import is_wide
 from graft.training.flops import ProductRate, StepCost, product_rate, step_cost
 from graft.training.groups import Treatment
 from graft.training.monitors import memory_bytes, peak_memory_bytes
+from graft.training.recompute import every
 from graft.training.spectra import Spectra
 
 if TYPE_CHECKING:
@@ -111,16 +113,15 @@ def figures_of(job: Job, treated: Mapping[str, Treatment], num_steps: int) -> Fi
     )
     model: Any = job.model
     batch = next(job.loader.epoch(0))
-    rate = product_rate(
-        model,
-        job.autocast or model.get_input_embeddings().weight.dtype,
-        next(iter(job.parameters.values())).device,
-        batch.input_ids.numel(),
-    )
+    device = next(iter(job.parameters.values())).device
+    dtype = job.autocast or model.get_input_embeddings().weight.dtype
+    if is_wide(dtype, device.type):
+        dtype = torch.float32
+    rate = product_rate(model, dtype, device, batch.input_ids.numel())
     return Figures(
         named,
         {group: treated[names[0]].rate for group, names in named.items()},
-        step_cost(model, job.parameters, bool(job.config.gradient_checkpointing)),
+        step_cost(model, job.parameters, bool(every(job.config.gradient_checkpointing))),
         rate,
         Spectra(model, adapter, job.config.spectrum_steps, num_steps),
     )

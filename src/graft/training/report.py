@@ -72,10 +72,8 @@ def read_audit(run: RunDirectory) -> dict[str, Any] | None:
 
 def predicted_memory_bytes(record: Mapping[str, Any]) -> int | None:
     """What the run was predicted to need at most, where its record says so."""
-    found = record.get("predicted_memory", record.get("results", {}).get("predicted_memory_bytes"))
-    if isinstance(found, Mapping):
-        found = found.get("total_bytes", found.get("peak_bytes"))
-    return found if isinstance(found, int) and not isinstance(found, bool) else None
+    found = record.get("predicted_memory", {}).get("peak_bytes")
+    return found if isinstance(found, int) else None
 
 
 def _figures(run: RunDirectory, record: Mapping[str, Any]) -> list[Section]:
@@ -148,8 +146,8 @@ def _memory(record: Mapping[str, Any]) -> list[Section]:
         return []
     rows: list[tuple[str, object]] = []
     terms = record.get("predicted_memory")
-    if isinstance(terms, Mapping) and isinstance(terms.get("terms"), Mapping):
-        rows = [(name, _mebibytes(value)) for name, value in terms["terms"].items()]
+    if isinstance(terms, Mapping):
+        rows = [(name, _mebibytes(value)) for name, value in terms.items() if name != "peak_bytes" and value]
     rows += [("predicted peak", _mebibytes(predicted)), ("measured peak", _mebibytes(measured))]
     note = f"Measured is {measured / predicted:.2f} times the predicted peak."
     return [Table(title="Memory", columns=("term", "MiB"), rows=rows, note=note)]

@@ -73,17 +73,15 @@ def test_what_was_checked_and_decided_is_on_the_page(run: Path) -> None:
 def test_predicted_memory_stands_beside_the_measured(run: Path, tmp_path: Path) -> None:
     copy = RunDirectory(shutil.copytree(run, tmp_path / "copy"))
     record = copy.read_record()
-    assert "predicted" not in (run / "report.html").read_text().split("<script")[0]
-    record["predicted_memory"] = {
-        "total_bytes": 300 * 2**20,
-        "terms": {"base": 100 * 2**20, "adapter": 2**20},
-    }
+    assert record["predicted_memory"]["peak_bytes"] > 0
+    record["predicted_memory"] = {"base_bytes": 100 * 2**20, "logits_bytes": 0, "peak_bytes": 300 * 2**20}
     write_run_report(copy, record)
     page = copy.report_path.read_text()
     assert embedded(page)["state"]["predicted_memory_bytes"] == 300 * 2**20
     ratio = record["results"]["peak_memory_bytes"] / (300 * 2**20)
-    for cell in ("base", "100.0", "predicted peak", "300.0", "measured peak"):
+    for cell in ("base_bytes", "100.0", "predicted peak", "300.0", "measured peak"):
         assert f"<span>{cell}</span>" in page, cell
+    assert "<span>logits_bytes</span>" not in page
     assert f"Measured is {ratio:.2f} times" in page
 
 
