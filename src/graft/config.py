@@ -400,6 +400,11 @@ def from_dict(cls: type[T], values: Mapping[str, Any], origin: str) -> T:
     Raises:
         ConfigError: The values do not fit the dataclass.
     """
+    return build(cls, flattened(values, origin))
+
+
+def flattened(values: Mapping[str, Any], origin: str) -> Settings:
+    """Nested values by their dotted paths, each with the same origin."""
     settings = Settings()
 
     def walk(mapping: Mapping[str, Any], path: str) -> None:
@@ -412,4 +417,4 @@ def from_dict(cls: type[T], values: Mapping[str, Any], origin: str) -> T:
                 settings.origins[full] = origin
 
     walk(values, "")
-    return build(cls, settings)
+    return settings

@@ -44,7 +44,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        _refuse(error, path, len(data))
+        refuse(error, path, len(data))
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -98,7 +98,7 @@ def write_tensors(
     except (OSError, SafetensorError) as error:
         # safetensors tells of a full disk with an error of its own that is no OSError.
         size = sum(value.numel() * value.element_size() for value in tensors.values())
-        _refuse(error, Path(path), size)
+        refuse(error, Path(path), size)
 
 
 def scratch_file(directory: str | os.PathLike[str], num_bytes: int) -> int:
@@ -134,16 +134,19 @@ def refusing(path: str | os.PathLike[str], num_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        _refuse(error, Path(path), num_bytes)
+        refuse(error, Path(path), num_bytes)
 
 
 @contextlib.contextmanager
-def new_directory(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+def new_directory(
+    path: str | os.PathLike[str], *, replace: bool = False, needed_bytes: int | None = None
+) -> Iterator[Path]:
     """Fill a directory under a partial name and give it its final name at the end.
 
     Args:
         path: The final name.
         replace: Whether an existing directory of that name is replaced (swapped by two renames).
+        needed_bytes: What it will take, where that is known; an error names it.
 
     Yields:
         The partial directory to write into.
@@ -164,7 +167,7 @@ def new_directory(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
         _publish(partial, path)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        _refuse(error, path, None)
+        refuse(error, path, needed_bytes)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -174,17 +177,59 @@ def _publish(partial: Path, path: Path) -> None:
     old = path.with_name(f".{path.name}.{os.getpid()}.old{PARTIAL}")
     if path.exists():
         os.rename(path, old)
-    os.rename(partial, path)
+    try:
+        os.rename(partial, path)
+    except OSError:
+        if old.exists():
+            os.rename(old, path)
+        raise
     sync_directory(path.parent)
     if old.exists():
-        shutil.rmtree(old)
+        _remove(old)
+
+
+def remove_directory(path: Path) -> None:
+    """Delete a directory; a kill in the middle leaves nothing of it under its name.
+
+    Raises:
+        StorageError: The disk refused.
+    """
+    doomed = path.with_name(f".{path.name}{PARTIAL}")
+    try:
+        if doomed.exists():
+            _remove(doomed)
+        os.rename(path, doomed)
+    except OSError as error:
+        _refuse_to_remove(error, path)
+    _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    try:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except OSError as error:
+        _refuse_to_remove(error, path)
+
+
+def _refuse_to_remove(error: OSError, path: Path) -> NoReturn:
+    if isinstance(error, StorageError):
+        raise error
+    raise StorageError(
+        f"cannot be removed: {error.strerror}",
+        where=str(path),
+        fix="make it removable, or remove it by hand; what was written beside it is whole",
+    ) from error
 
 
 def remove_partials(directory: str | os.PathLike[str]) -> list[Path]:
-    """Delete what interrupted writes left in a directory; return what was deleted."""
+    """Delete what interrupted writes left in a directory; return what was deleted.
+
+    Raises:
+        StorageError: The disk refused.
+    """
     found = sorted(Path(directory).glob(f".*{PARTIAL}"))
     for path in found:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _remove(path)
     return found
 
 
@@ -209,17 +254,27 @@ def sync_tree(path: Path) -> None:
         sync_directory(Path(root))
 
 
-def sha256_file(path: str | os.PathLike[str]) -> str:
+def sha256_json(value: Any) -> str:
+    """Digest of a JSON value, whatever the order of its keys, as 64 hex digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_file(path: str | os.PathLike[str], num_bytes: int | None = None) -> str:
     """Digest of a file's content, as 64 hex digits.
+
+    Args:
+        path: The file.
+        num_bytes: Of so many bytes at its beginning, or of all that are there; None for the whole file.
 
     Raises:
         StorageError: The file cannot be read.
     """
-    digest = hashlib.sha256()
+    digest, left = hashlib.sha256(), num_bytes
     try:
         with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
+            while chunk := file.read(1 << 20 if left is None else min(left, 1 << 20)):
                 digest.update(chunk)
+                left = None if left is None else left - len(chunk)
     except OSError as error:
         raise StorageError(
             f"cannot be read: {error.strerror}", where=str(path), fix="check the path"
@@ -244,16 +299,37 @@ def safe_join(root: str | os.PathLike[str], name: str) -> Path:
     return path
 
 
-def _refuse(error: Exception, path: Path, size: int | None) -> NoReturn:
+def refuse(
+    error: Exception,
+    path: Path,
+    needed_bytes: int | None,
+    what: str = "cannot be written",
+    fix: str = "free some space, or choose a place that you may write to; nothing that was there is lost",
+) -> NoReturn:
+    """Tell that the disk refused: why, where, what was needed and what is free.
+
+    Args:
+        error: What the system said; a StorageError is raised as it is.
+        path: What was written.
+        needed_bytes: How much of it; None where that is not known.
+        what: What could not be done.
+        fix: What to do about it.
+
+    Raises:
+        StorageError: Always.
+    """
     if isinstance(error, StorageError):  # told already, by a function of this file
         raise error
-    needed = "" if size is None else f"; {size:,} bytes were needed"
-    try:
-        free = f"; {shutil.disk_usage(path.parent).free:,} bytes are free there"
-    except OSError:
-        free = ""
+    needed = "" if needed_bytes is None else f"; {needed_bytes:,} bytes were needed"
     raise StorageError(
-        f"cannot be written: {getattr(error, 'strerror', None) or error}{needed}{free}",
+        f"{what}: {getattr(error, 'strerror', None) or error}{needed}{_free(path)}",
         where=str(path),
-        fix="free some space, or choose a place that you may write to; nothing that was there is lost",
+        fix=fix,
     ) from error
+
+
+def _free(path: Path) -> str:
+    for directory in path.absolute().parents:  # the nearest one that is there
+        with contextlib.suppress(OSError):
+            return f"; {shutil.disk_usage(directory).free:,} bytes are free there"
+    return ""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -59,12 +60,9 @@ class RunDirectory:
         run.check_new()
         try:
             run.checkpoints_path.mkdir(parents=True, exist_ok=True)
+            files.remove_partials(run.path)  # of a start that was killed before its record was there
         except OSError as error:
-            raise StorageError(
-                f"cannot be made: {error.strerror}",
-                where=str(run.path),
-                fix="choose a place that you may write to",
-            ) from error
+            files.refuse(error, run.path, None, "cannot be made")
         return run
 
     def check_new(self) -> None:
@@ -82,7 +80,8 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise StorageError("is a file", where=str(self.path), fix="choose another output directory")
         if self.path.is_dir() and any(
-            name.name not in ("checkpoints", "lock") for name in self.path.iterdir()
+            path.name not in ("checkpoints", "lock") and not path.name.endswith(files.PARTIAL)
+            for path in self.path.iterdir()
         ):
             raise StorageError("is not empty", where=str(self.path), fix="choose another output directory")
 
@@ -110,6 +109,7 @@ class RunDirectory:
 
         Raises:
             CheckpointError: Another process holds it.
+            StorageError: The filesystem cannot tell whether one does.
         """
         with _opened(self.path / "lock", "a+") as file:
             try:
@@ -119,6 +119,13 @@ class RunDirectory:
                 holder = file.read().strip() or "another process"
                 raise CheckpointError(
                     f"is being written by {holder}", where=str(self.path), fix="wait for it, or stop it"
+                ) from error
+            except OSError as error:
+                raise StorageError(
+                    f"cannot be locked against a second process: {error.strerror}",
+                    where=str(self.path / "lock"),
+                    fix="this filesystem has no locks (NFS without a lock service, for one): "
+                    "let the run write to a local disk, and copy it afterwards",
                 ) from error
             with contextlib.suppress(OSError):  # the name is for people; a full disk may still be freed
                 os.ftruncate(file.fileno(), 0)
@@ -183,6 +190,7 @@ class LineLog:
         # Unbuffered: what a full disk refused is not tried again on closing.
         self._file = _opened(path, "ab", buffering=0)
         self._path = path
+        self._digest = hashlib.sha256()
         if keep_bytes is not None:
             if self._file.tell() < keep_bytes:
                 raise CheckpointError(
@@ -190,8 +198,14 @@ class LineLog:
                     where=str(path),
                     fix="the log was changed after the checkpoint; restore it or start a new run",
                 )
-            self._file.truncate(keep_bytes)
+            try:
+                self._file.truncate(keep_bytes)
+            except OSError as error:
+                self._refuse(error, None)
             self._file.seek(keep_bytes)
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    self._digest.update(chunk)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line; NaN and infinity are refused, write null instead.
@@ -205,11 +219,8 @@ class LineLog:
             while written < len(line):
                 written += self._file.write(line[written:])
         except OSError as error:
-            raise StorageError(
-                f"the log cannot be written: {error.strerror}",
-                where=str(self._path),
-                fix=f"free some space, then `graft train --resume {self._path.parent}`",
-            ) from error
+            self._refuse(error, len(line))
+        self._digest.update(line)
 
     def in_place(self) -> bool:
         """Whether the file still has its name: nobody removed, moved or replaced it."""
@@ -219,9 +230,24 @@ class LineLog:
             return False
 
     def sync(self) -> int:
-        """Flush to the disk; returns the length in bytes."""
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+        """Flush to the disk; returns the length in bytes.
+
+        Raises:
+            StorageError: The disk refused.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._refuse(error, self._file.tell())
+        return int(self._file.tell())
+
+    def sha256(self) -> str:
+        """Digest of what was kept and written since, as 64 hex digits; of a log opened at a length."""
+        return self._digest.hexdigest()
+
+    def _refuse(self, error: OSError, needed_bytes: int | None) -> NoReturn:
+        fix = f"free some space, then `graft train --resume {self._path.parent}`"
+        files.refuse(error, self._path, needed_bytes, "the log cannot be written", fix)
 
     def close(self) -> None:
         """Close the file."""
@@ -232,11 +258,8 @@ def _opened(path: Path, mode: str, buffering: int = -1) -> Any:
     try:
         return open(path, mode, buffering)  # closed by whoever asked
     except OSError as error:
-        raise StorageError(
-            f"cannot be opened for writing: {error.strerror}",
-            where=str(path),
-            fix="a run writes into its directory: make it writable, or copy the run elsewhere",
-        ) from error
+        fix = "a run writes into its directory: make it writable, or copy the run elsewhere"
+        files.refuse(error, path, None, "cannot be opened for writing", fix)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

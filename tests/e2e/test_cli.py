@@ -171,9 +171,14 @@ def test_doctor_names_a_backend_for_every_operation(capsys: pytest.CaptureFixtur
         (["train", "--data", "nowhere/x.jsonl"], "x.jsonl", ""),
         (["train", "--resume", "nowhere"], "is not a run directory", "run.json"),
         (
-            ["train", "--resume", "nowhere", "--set", "a=1"],
-            "--set cannot go with --resume",
+            ["train", "--resume", "nowhere", "--data", "x.jsonl"],
+            "--data cannot go with --resume",
             "--resume nowhere",
+        ),
+        (
+            ["train", "--data", "x.jsonl", "--allow-change", "training.seed"],
+            "only a run that goes on can change",
+            "--resume RUN",
         ),
         (["train", "--no-such-flag"], "--no-such-flag", "--help"),
         (["trian"], "trian", "--help"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,52 @@ def test_train_stopped_anywhere(
         assert run(["train", "--resume", str(out), "--quiet", "--json"]) == 0
     assert one_object(capsys)["metrics"]["steps"] == 3
     assert not list(out.glob(".*")), "no part of a file is left"
+
+
+DURING = {
+    "graft.training.loop.token_losses": "after step 1 of 3",
+    "graft.training.loop.evaluate_loss": "after step 1 of 3",
+    "graft.files.write_tensors": "after step 1 of 3",
+    "graft.training.checkpoint.files.remove_directory": "after step 2 of 3",
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("place", DURING)
+def test_what_is_under_way_in_the_loop_is_brought_to_its_end(
+    place: str,
+    number: int,
+    words: list[str],
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In a step, an evaluation, a save, a rotation: the state after it is saved, and the run goes on."""
+    more = ["training.save_steps=1", "training.eval_steps=1", "training.keep_checkpoints=1"]
+    more += ["training.lr_scheduler=constant", "training.learning_rate=1e-2"]
+    words = [*words, "--eval-data", str(rows), *(word for one in more for word in ("--set", one))]
+    straight = [str(tmp_path / "straight") if word == str(tmp_path / "run") else word for word in words]
+    assert run(straight) == 0
+    real: Any = pkgutil.resolve_name(place)
+    sent: list[int] = []
+
+    def signalled(*arguments: Any, **named: Any) -> Any:
+        if not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        return real(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, signalled)
+        capsys.readouterr()
+        assert run(words) == 3
+    told = one_object(capsys)["error"]
+    assert DURING[place] in told["what"]
+    assert "the state is saved" in told["what"]
+    assert run(["train", "--resume", str(tmp_path / "run"), "--quiet", "--json"]) == 0
+    for file in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
 
 
 def test_resume_stopped_while_it_loads(

@@ -1,9 +1,10 @@
 """Trains in forked children that are killed with SIGKILL at random times, and resumes until they are done.
 
-    python killed_runs.py MODEL ROWS DIRECTORY KILLS SEED [SETTING ...]
+    python killed_runs.py MODEL ROWS DIRECTORY KILLS SEED [every | SETTING ...]
 
-Run in a process of its own: torch is imported once, each child is a fork and so starts at once.
-Prints one JSON object: kills, runs, the phases in which they hit, and what differs from an uninterrupted run.
+Run in a process of its own: torch is imported once, each child is a fork and so starts at once. "every" takes
+the runs of `EVERY` in turn. Prints one JSON object: kills, runs, the phases in which they hit, the kills of
+each kind of run, and what differs from an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -27,7 +29,42 @@ COMPARED = (
     "adapter/adapter_model.safetensors",
     "adapter/adapter_config.json",
     "adapter/graft.json",
+    "model/model.safetensors",
 )
+
+EVERY = {
+    "adamw, cosine, packed": ["training.min_lr_ratio=0.1"],
+    "adamw_8bit, linear": [
+        "optimizer=adamw_8bit",
+        "adapter.rank=128",
+        "lr_scheduler=linear",
+        "data.packing=false",
+    ],
+    "lion, wsd": [
+        "optimizer=lion",
+        "learning_rate=1e-3",
+        "lr_scheduler=wsd",
+        "gradient_accumulation_steps=3",
+    ],
+    "sgd, constant": [
+        "optimizer=sgd",
+        "sgd_momentum=0.9",
+        "lr_scheduler=constant",
+        "gradient_accumulation_steps=1",
+    ],
+    "restarts, early stopping": [
+        "lr_scheduler=cosine_with_restarts",
+        "early_stopping_patience=2",
+        "eval_steps=2",
+    ],
+    "inverse root, best of three": ["lr_scheduler=inverse_sqrt", "keep_best_checkpoints=3", "eval_steps=3"],
+    "float16, adamw_8bit": ["model.dtype=float16", "optimizer=adamw_8bit", "adapter.rank=128"],
+    "full": ["adapter=", "quantization=", "learning_rate=1e-3", "lora_plus_ratio=1"],
+}
+"""Settings by what a run is of; a name without a section is of training."""
+
+
+SECTIONS = ("adapter=", "quantization=")
 
 
 def config(model: str, rows: str, out: Path, more: list[str]) -> RunConfig:
@@ -38,16 +75,15 @@ def config(model: str, rows: str, out: Path, more: list[str]) -> RunConfig:
         "data.max_length=64",
         f"output={out}",
         "quantization=nf4",
-        "adapter.rank=4",
-        "adapter.dropout=0.1",
+        *([] if "adapter=" in more else ["adapter.rank=4", "adapter.dropout=0.1"]),
         "training.batch_size=1",
         "training.gradient_accumulation_steps=2",
         "training.learning_rate=1e-2",
-        "training.max_steps=20",
-        "training.eval_steps=5",
+        "training.max_steps=10",
+        "training.eval_steps=4",
         "training.save_steps=2",
         "training.load_best_at_end=true",
-        *more,
+        *(word if "." in word.partition("=")[0] or word in SECTIONS else f"training.{word}" for word in more),
     ]
     return build(RunConfig, read_assignments(words))
 
@@ -106,26 +142,40 @@ def main() -> None:
     model, rows, directory, more = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[6:]
     kills, generator = int(sys.argv[4]), random.Random(int(sys.argv[5]))
     torch.set_num_threads(1)
-    straight = directory / "straight"
-    began = time.monotonic()
-    pid = start(config(model, rows, straight, more), straight)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    longest = time.monotonic() - began
-    hits: list[str] = []
+    kinds = EVERY if more == ["every"] else {"as given": more}
+    straight, longest = {}, {}
+    for number, (kind, settings) in enumerate(kinds.items()):
+        straight[kind] = directory / ("straight" if kinds is not EVERY else f"straight{number}")
+        began = time.monotonic()
+        pid = start(config(model, rows, straight[kind], settings), straight[kind])
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, kind
+        longest[kind] = time.monotonic() - began
+    hits: dict[str, list[str]] = {kind: [] for kind in kinds}
     different: list[str] = []
     runs = 0
-    while len(hits) < kills:
+    while (left := kills - sum(map(len, hits.values()))) > 0:
+        kind = list(kinds)[runs % len(kinds)]
         out = directory / f"killed{runs}"
         # At most 8 kills a run, so that some runs are killed often and several runs end.
-        hits += killed_run(config(model, rows, out, more), out, generator, longest, min(8, kills - len(hits)))
+        made = config(model, rows, out, kinds[kind])
+        hits[kind] += killed_run(made, out, generator, longest[kind], min(8, left))
         different += [
-            f"{out.name}/{name}"
+            f"{kind}: {out.name}/{name}"
             for name in COMPARED
-            if (out / name).read_bytes() != (straight / name).read_bytes()
+            if (straight[kind] / name).exists()
+            and (out / name).read_bytes() != (straight[kind] / name).read_bytes()
         ]
+        shutil.rmtree(out)
         runs += 1
-    phases = {name: hits.count(name) for name in sorted(set(hits))}
-    sys.stdout.write(json.dumps({"kills": len(hits), "runs": runs, "phases": phases, "different": different}))
+    everywhere = [phase for found in hits.values() for phase in found]
+    told = {
+        "kills": len(everywhere),
+        "runs": runs,
+        "phases": {name: everywhere.count(name) for name in sorted(set(everywhere))},
+        "kinds": {kind: len(found) for kind, found in hits.items()},
+        "different": different,
+    }
+    sys.stdout.write(json.dumps(told))
 
 
 if __name__ == "__main__":

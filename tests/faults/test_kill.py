@@ -30,7 +30,7 @@ def campaign(model: Path, directory: Path, kills: int, seed: int, *settings: str
 
 
 def test_twenty_random_kills(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
-    told = campaign(tiny_dir("llama"), tmp_path, kills=20, seed=0)
+    told = campaign(tiny_dir("llama", num_hidden_layers=1), tmp_path, kills=20, seed=0)
     assert told["kills"] == 20
     assert told["different"] == []
 
@@ -50,6 +50,11 @@ def test_kills_with_states_in_eight_bits(tiny_dir: Callable[..., Path], tmp_path
 
 @pytest.mark.campaign
 def test_three_hundred_random_kills(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
-    told = campaign(tiny_dir("llama"), tmp_path, kills=300, seed=1)
+    told = campaign(tiny_dir("llama", num_hidden_layers=1), tmp_path, 300, 1, "every")
     assert told["kills"] == 300
     assert told["different"] == []
+    kinds, phases = told["kinds"], told["phases"]
+    assert isinstance(kinds, dict)
+    assert isinstance(phases, dict)
+    assert min(kinds.values()) >= 20
+    assert set(phases) >= {"between saves", "while saving", "while writing the result"}

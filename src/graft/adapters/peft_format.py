@@ -108,7 +108,8 @@ def save_adapter(
         known.forced_base,
         dict(known.facts if facts is None else facts),
     )
-    with new_directory(directory, replace=True) as partial:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with new_directory(directory, replace=True, needed_bytes=size) as partial:
         write_tensors(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / WEIGHTS).chmod(0o644)
         write_json(partial / CONFIG, settings)

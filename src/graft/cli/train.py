@@ -63,24 +63,41 @@ def train(
             help="Serve a live page on this port of 127.0.0.1: 8127 without a number, 0 for a free one.",
         ),
     ] = None,
+    allow_changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-change",
+            help='With --resume: what may change, by name: a field whose value --set gives, "training data", '
+            '"base weights". May be repeated.',
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
     """Fine-tune a model; --resume RUN goes on exactly where a run stopped."""
     given: dict[str, object] = {"CONFIG": config, "--model": model, "--data": data, "--eval-data": eval_data}
-    given |= {"--method": method, "--preset": preset, "--task": task, "--out": out, "--set": assignments}
+    given |= {"--method": method, "--preset": preset, "--task": task, "--out": out}
+    if allow_changes and resume is None:
+        raise ConfigError(
+            "only a run that goes on can change", where="--allow-change", fix="--resume RUN, or leave it out"
+        )
     if resume is not None:
         besides = [flag for flag, value in given.items() if value]
         if besides:
             raise ConfigError(
                 f"{', '.join(besides)} cannot go with --resume: a run goes on with its own settings",
                 where="--resume",
-                fix=f"graft train --resume {resume}",
+                fix=f"graft train --resume {resume}; what is meant to change is named by --allow-change "
+                "and given by --set",
             )
         from graft.training.build import resume as go_on
 
-        with _watched(watch, resume, _monitor(quiet, _log_steps(resume))) as monitor:
-            finished = go_on(resume, monitor)
+        changed = read_assignments(assignments or [])
+        log_steps = int(changed.values.get("training.log_steps", _log_steps(resume)))
+        with _watched(watch, resume, _monitor(quiet, log_steps)) as monitor:
+            for told in changed.notes:
+                monitor.say(told)
+            finished = go_on(resume, monitor, settings=changed, allow_changes=allow_changes or [])
     else:
         settings = read_yaml(config) if config is not None else Settings()
         flags = _flags(model, data, eval_data, method or (None if config else "lora"), out)

@@ -118,6 +118,10 @@ class Loader:
             chosen = rows[begin : begin + self._batch_size]
             yield collate(self._samples, chosen, self._pad_id, self._max_length, self._first_label)
 
+    def places(self, batch: Batch) -> list[str]:
+        """Where the samples of a batch come from, as "name:line" without the folder, which may change."""
+        return [self._samples[index].where.rpartition("/")[2] for row in batch.sample_ids for index in row]
+
     def utilisation(self, epoch: int = 0) -> float:
         """Share of an epoch's token places that hold no padding."""
         rows = [sum(self._lengths[index] for index in row) for row in self.rows(epoch)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,18 @@ def save_model(
         architecture=type(model).__name__,
         generation_config=getattr(model, "generation_config", None),
         replace=replace,
+        needed_bytes=_stored_bytes(model, dtype),
     )
+
+
+def _stored_bytes(model: Any, dtype: torch.dtype | None) -> int:
+    """Bytes of a model's tensors in the files, tied ones once; the files' headers take a little more."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    own = {id(p) for layer in layers for p in (*layer.parameters(), *layer.buffers())}
+    dense = {id(p): p for p in model.parameters() if id(p) not in own}.values()
+    numbers = sum(layer.in_features * layer.out_features for layer in layers)
+    item = (dtype or model.dtype).itemsize
+    return numbers * item + sum(p.numel() * (item if dtype else p.element_size()) for p in dense)
 
 
 def guard_save_pretrained(model: Any) -> None:
@@ -101,7 +113,7 @@ def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> None:
     )
 
 
-def save_tensors(
+def save_tensors(  # noqa: PLR0913 - what a directory holds
     tensors: Iterable[tuple[str, Tensor]],
     directory: str | os.PathLike[str],
     config: Any,
@@ -111,6 +123,7 @@ def save_tensors(
     architecture: str = "",
     generation_config: Any = None,
     replace: bool = False,
+    needed_bytes: int | None = None,
 ) -> Fingerprint:
     """Write a model directory from a stream of tensors.
 
@@ -123,6 +136,7 @@ def save_tensors(
         architecture: Class name for config.json; by default the one that the config already has.
         generation_config: transformers' GenerationConfig, or None.
         replace: Whether a directory of that name is replaced, once the new one is whole.
+        needed_bytes: What it will take, where that is known; an error names it.
 
     Returns:
         The fingerprint that the directory has when it is loaded.
@@ -133,7 +147,7 @@ def save_tensors(
     Cost: the memory of one tensor.
     """
     digest = WeightsDigest()
-    with new_directory(directory, replace=replace) as partial:
+    with new_directory(directory, replace=replace, needed_bytes=needed_bytes) as partial:
         write_shards(tensors, partial, max_shard_bytes, digest)
         config = copy.deepcopy(config)
         if architecture:
@@ -142,8 +156,19 @@ def save_tensors(
         if generation_config is not None:
             generation_config.to_json_file(partial / "generation_config.json")
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+            _save_tokenizer(tokenizer, partial)
     return Fingerprint(digest.hexdigest(), tokenizer_digest(tokenizer), chat_template_digest(tokenizer), "")
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:
+        # tokenizers tells of a disk that refuses with a bare Exception that has the system's number in it.
+        number = re.search(r"\(os error (\d+)\)$", str(error)) if type(error) is Exception else None
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def checkpoint_tensors(model: Any, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:

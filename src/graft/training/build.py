@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
 from graft import __version__
 from graft.adapters.attached import Adapter, num_base_parameters
-from graft.config import from_dict, to_dict
+from graft.config import Settings, from_dict, to_dict
 from graft.data.config import DataConfig
 from graft.data.prepare import Dataset
 from graft.errors import CheckpointError, TrainingError
@@ -22,7 +22,8 @@ from graft.models.classifier import is_classifier
 from graft.models.load import BaseModel, load, resolve
 from graft.models.packed import stored_method
 from graft.runs import RunDirectory
-from graft.training.checkpoint import Checkpoint, Position, check_settings, newest_checkpoint
+from graft.training.changes import allow, carry_over, configure
+from graft.training.checkpoint import Checkpoint, Position, newest_checkpoint
 from graft.training.choices import (
     adapter_to_train,
     binding_settings,
@@ -30,9 +31,11 @@ from graft.training.choices import (
     make_loader,
     objective,
     precision,
+    scales_loss,
     trained_tensors,
 )
 from graft.training.config import RunConfig
+from graft.training.determinism import deterministic
 from graft.training.inputs import (
     attach_adapter,
     check_labels,
@@ -105,28 +108,39 @@ def run_from_config(config: RunConfig, monitor: Monitor | None = None) -> Run:
     return _run(base, config, train_data, eval_data, RunDirectory.create(config.output), monitor)
 
 
-def resume(path: str | os.PathLike[str], monitor: Monitor | None = None) -> Run:
+def resume(
+    path: str | os.PathLike[str],
+    monitor: Monitor | None = None,
+    *,
+    settings: Settings | None = None,
+    allow_changes: Collection[str] = (),
+) -> Run:
     """Go on with a run that was stopped or killed, as if it had never stopped.
 
     Args:
         path: The run directory.
         monitor: Who is told; nobody by default.
+        settings: Fields with other values than before; those that change the result must be named.
+        allow_changes: What may change: fields ("training.learning_rate") and names of `changes.IDENTITY`.
+            Each change is recorded in run.json. A finished run goes on under them.
 
     Returns:
         Where the results are.
 
     Raises:
-        CheckpointError: No run there, or its base or data changed.
+        CheckpointError: No run there, or its base, data or settings changed and the change was not named.
+        ConfigError: A setting that was not named, or a name that nothing has.
         StopRequested: A signal came; what was trained is saved.
     """
     monitor = monitor or Silent()
     run = RunDirectory.open(path)
     record = run.read_record()
-    if done := finished_run(run, record):
+    done = finished_run(run, record)
+    config = configure(record, settings or Settings(), allow_changes, str(path))
+    if done and not allow_changes:
         monitor.say("this run is finished; nothing is left to do")
         return done
-    config = from_dict(RunConfig, record["config"], str(run.record_path))
-    config = dataclasses.replace(config, output=str(path))
+    config = dataclasses.replace(rooted(config), output=str(path))
     check_names(config.training.trackers)
     with run.lock():
         with stop_at_once("before it went on; its checkpoints stand", f"graft train --resume {path}"):
@@ -134,10 +148,13 @@ def resume(path: str | os.PathLike[str], monitor: Monitor | None = None) -> Run:
             in_memory = record.get("start") == IN_MEMORY
             base = load_base(config, monitor, train_data.labels, in_memory=in_memory)
             attach_adapter(base, config)
-            _check_unchanged(record, _identity(config, base, train_data, eval_data), run)
             checkpoint = newest_checkpoint(run, monitor.say)
+            identity = _identity(config, base, train_data, eval_data)
+            now = binding_settings(config) | identity
+            for told in allow(record, checkpoint, now, allow_changes, str(path)):
+                monitor.say(told)
+            record |= {"config": to_dict(config), "identity": identity, "status": "running"}
             if checkpoint is not None:
-                check_settings(checkpoint, binding_settings(config), str(run.record_path))
                 go_to_phase(checkpoint, base, config, monitor)
         if checkpoint is None and record.get("start") == IN_MEMORY:
             raise CheckpointError(
@@ -150,6 +167,13 @@ def resume(path: str | os.PathLike[str], monitor: Monitor | None = None) -> Run:
         else:
             monitor.say(f"goes on after step {checkpoint.position.step} ({checkpoint.path.name})")
             if checkpoint.num_threads != torch.get_num_threads():
+                if config.training.deterministic:
+                    raise CheckpointError(
+                        f"{torch.get_num_threads()} threads now, {checkpoint.num_threads} before: "
+                        "sums would round differently",
+                        where="training.deterministic",
+                        fix=f"OMP_NUM_THREADS={checkpoint.num_threads} graft train --resume {path}",
+                    )
                 monitor.say(
                     f"{torch.get_num_threads()} threads now, {checkpoint.num_threads} before: sums may round "
                     f"differently (set OMP_NUM_THREADS={checkpoint.num_threads} for the same bits)"
@@ -223,20 +247,6 @@ def train(
         check_labels(base, train_set, adapter)
     # What the caller made of the model is in no configuration: only a checkpoint can bring it back.
     return _run(base, config, train_set, eval_set, RunDirectory.create(output), monitor, in_memory=True)
-
-
-def _check_unchanged(record: Mapping[str, Any], now: Mapping[str, str | None], run: RunDirectory) -> None:
-    changed = [
-        f"{name} was {str(then)[:12]}, is {str(now.get(name))[:12]}"
-        for name, then in record["identity"].items()
-        if now.get(name) != then
-    ]
-    if changed:
-        raise CheckpointError(
-            "what the run was started with has changed: " + "; ".join(changed),
-            where=str(run.record_path),
-            fix="restore it, or start a new run",
-        )
 
 
 def _identity(
@@ -319,7 +329,9 @@ def _phases(
 
     def assembled() -> tuple[Job, dict[str, str], Adapter | None]:
         adapter = adapter_to_train(base.model)
-        return *_job(base, config, adapter, train_data, eval_data, run, monitor), adapter
+        job, reasons = _job(base, config, adapter, train_data, eval_data, run, monitor)
+        job.settings = binding_settings(config) | record["identity"]
+        return job, reasons, adapter
 
     while True:
         save_start = checkpoint is None and record.get("start") == IN_MEMORY
@@ -330,6 +342,8 @@ def _phases(
             job, reasons, adapter = assembled()
             job.save_start = save_start
             check_schedule(config.training, job.learning_rate)
+            if checkpoint is not None:
+                carry_over(checkpoint, job.settings, job.loader)
             if checkpoint is not None and checkpoint.position.recovering:
                 job = recovery_job(job, checkpoint.position, reasons)
             training = Training(job, checkpoint)
@@ -345,7 +359,7 @@ def _phases(
             run.write_record(record)
             count = _tell(job, reasons)
             monitor.say(f"memory: {predicted.describe()}")
-        with job.stop.listen(), prepared(job):
+        with job.stop.listen(), prepared(job), deterministic(config.training.deterministic):
             position = training.run()
         if position.recovering or not config.training.recovery_steps:
             return training, position, adapter, count
@@ -393,7 +407,9 @@ def _job(
         monitor=monitor,
         autocast=autocast,
         stop=StopSignal(),
-        settings=binding_settings(config),
         objective=objective(config, train_data),
+        scales_loss=scales_loss(base, autocast, adapter),
     )
+    if job.scales_loss:
+        reasons["loss scaling"] = "dynamic: products in float16 lose small gradients"
     return job, reasons

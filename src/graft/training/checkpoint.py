@@ -1,7 +1,7 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped.
 
 checkpoints/step-000120/
-    state.json          where the run stands, its settings; digest of the tensors
+    state.json          where the run stands, its settings; digests of the tensors, the log and itself
     state.safetensors   trained tensors, optimizer moments, random-number state
 
 A checkpoint is written beside its place and renamed, so it is whole or absent; no pickle is involved.
@@ -10,8 +10,8 @@ A checkpoint is written beside its place and renamed, so it is whole or absent; 
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
+import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from graft import files
 from graft.errors import CheckpointError, StorageError
 from graft.runs import RunDirectory
 from graft.training.flat_state import Pending
+from graft.training.random_state import random_state
+from graft.training.scaling import LossScale
 from graft.training.state_file import StoredState, write_state
 from graft.training.stopping import BestEval
 
-FORMAT = 2
+FORMAT = 3
 STATE, TENSORS = "state.json", "state.safetensors"
 
 
@@ -45,10 +47,14 @@ class Position:
         last_eval_step: Step of the latest evaluation.
         stopped_early: Whether early stopping ended the run.
         metrics_bytes: Length of metrics.jsonl.
+        metrics_sha256: Digest of it.
         spectra_bytes: Length of spectra.jsonl.
         best: The lowest evaluation loss so far.
         recovery_start: Step at which the recovery phase began; -1 before it.
         splits: [step, rows] from which steps on forward passes had fewer rows, for want of memory.
+        num_overflows: Steps not applied because a scaled gradient overflowed, which lowers the scale.
+        scale: Of the loss; only used where products are in float16.
+        recent_losses: What the next loss is measured against.
     """
 
     step: int = 0
@@ -61,10 +67,14 @@ class Position:
     last_eval_step: int = -1
     stopped_early: bool = False
     metrics_bytes: int = 0
+    metrics_sha256: str = ""
     spectra_bytes: int = 0
     best: BestEval = dataclasses.field(default_factory=BestEval)
     recovery_start: int = -1
     splits: list[list[int]] = dataclasses.field(default_factory=list)
+    num_overflows: int = 0
+    scale: LossScale = dataclasses.field(default_factory=LossScale)
+    recent_losses: list[float] = dataclasses.field(default_factory=list)
 
     @property
     def recovering(self) -> bool:
@@ -99,28 +109,32 @@ def save_checkpoint(
     path = run.checkpoint_path(position.step)
     tensors: dict[str, Tensor | Pending] = {f"trained|{name}": value for name, value in trained.items()}
     tensors |= {f"optimizer|{name}": value for name, value in optimizer_state.items()}
-    tensors["random|torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random|cuda"] = torch.cuda.get_rng_state()
-    with files.new_directory(path, replace=True) as partial:
-        try:
-            write_state(tensors, partial / TENSORS)
-        except StorageError as error:
-            raise StorageError(
-                f"the checkpoint {error.what}",
-                where=str(path),
-                fix=f"free some space, then `graft train --resume {run.path}`; the earlier checkpoints stand",
-            ) from error
-        state = {
-            "format": FORMAT,
-            "position": dataclasses.asdict(position),
-            "sha256": files.sha256_file(partial / TENSORS),
-            "num_threads": torch.get_num_threads(),
-            "settings": dict(settings),
-        }
-        files.write_json(partial / STATE, state)
+    tensors |= {f"random|{name}": value for name, value in random_state().items()}
+    try:
+        _write(path, tensors, position, settings)
+    except StorageError as error:
+        fix = f"free some space, then `graft train --resume {run.path}`; the earlier checkpoints stand"
+        raise StorageError(f"the checkpoint {error.what}", where=str(path), fix=fix) from error
     _rotate(run, keep, position)
     return path
+
+
+def _write(
+    path: Path, tensors: Mapping[str, Tensor | Pending], position: Position, settings: Mapping[str, Any]
+) -> None:
+    state = {
+        "format": FORMAT,
+        "position": dataclasses.asdict(position),
+        "sha256": "",
+        "num_threads": torch.get_num_threads(),
+        "settings": dict(settings),
+    }
+    # Names and shapes of tensors take some hundred bytes each in a file's header.
+    size = sum(math.prod(value.shape) * value.dtype.itemsize + 300 for value in tensors.values())
+    with files.new_directory(path, replace=True, needed_bytes=size + len(json.dumps(state))) as partial:
+        write_state(tensors, partial / TENSORS)
+        state["sha256"] = files.sha256_file(partial / TENSORS)
+        files.write_json(partial / STATE, {**state, "state_sha256": files.sha256_json(state)})
 
 
 def _rotate(run: RunDirectory, keep: int, position: Position) -> None:
@@ -130,10 +144,7 @@ def _rotate(run: RunDirectory, keep: int, position: Position) -> None:
     good = {run.checkpoint_path(step) for step in position.best.steps()}
     for path in until_now[:-keep]:
         if path not in good:
-            # Renamed first, so that a kill in the middle leaves no half checkpoint under a good name.
-            doomed = path.with_name(f".{path.name}{files.PARTIAL}")
-            os.rename(path, doomed)
-            shutil.rmtree(doomed)
+            files.remove_directory(path)
 
 
 @dataclasses.dataclass
@@ -145,7 +156,7 @@ class Checkpoint:
         position: Where the run stood.
         trained: The trained tensors.
         optimizer: The optimizer's state, read from the file tensor by tensor.
-        random: Random-number states by device type.
+        random: States of the random-number streams by name.
         num_threads: Threads of the process that wrote it.
         settings: What the run had, by name.
     """
@@ -171,6 +182,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         state: dict[str, Any] = files.read_json(path / STATE)
         if state["format"] != FORMAT:
             raise CheckpointError(f"is of format {state['format']}, not {FORMAT}", where=str(path))
+        if state.pop("state_sha256") != files.sha256_json(state):
+            raise CheckpointError(f"{STATE} does not have the digest that it says", where=str(path))
         digest = files.sha256_file(path / TENSORS)
         if digest != state["sha256"]:
             raise CheckpointError(
@@ -178,7 +191,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 where=str(path),
             )
         position = state["position"]
-        position["best"] = BestEval(**position["best"])
+        position |= {"best": BestEval(**position["best"]), "scale": LossScale(**position["scale"])}
         return Checkpoint(
             path,
             Position(**position),
@@ -188,7 +201,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             int(state["num_threads"]),
             dict(state["settings"]),
         )
-    except (StorageError, SafetensorError, KeyError, TypeError) as error:
+    except (StorageError, SafetensorError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"is damaged: {error}", where=str(path), fix="use an older checkpoint"
         ) from error
@@ -209,7 +222,9 @@ def newest_checkpoint(run: RunDirectory, say: Callable[[str], None]) -> Checkpoi
     paths = run.checkpoints()
     for path in reversed(paths):
         try:
-            return load_checkpoint(path)
+            checkpoint = load_checkpoint(path)
+            _check_log(run, checkpoint.position)
+            return checkpoint
         except CheckpointError as error:
             say(f"passed over {path.name}: {error.what}")
     if paths:
@@ -219,36 +234,16 @@ def newest_checkpoint(run: RunDirectory, say: Callable[[str], None]) -> Checkpoi
     return None
 
 
-def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], where: str) -> None:
-    """Refuse to go on under other settings: the run would end with what neither of them makes.
-
-    Args:
-        checkpoint: Where the run stands.
-        settings: What the run's record says now, by name.
-        where: The record.
-
-    Raises:
-        CheckpointError: A setting differs, came or went; each is named with both values.
-    """
-    then, now = checkpoint.settings, dict(settings)
-    changed = [
-        f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name)
-    ]
-    if changed:
+def _check_log(run: RunDirectory, position: Position) -> None:
+    try:
+        digest = files.sha256_file(run.metrics_path, position.metrics_bytes)
+    except StorageError as error:
+        raise CheckpointError(f"{run.metrics_path.name} {error.what}", where=error.where) from error
+    if digest != position.metrics_sha256:
         raise CheckpointError(
-            f"the settings changed since {checkpoint.path.name}: " + "; ".join(changed),
-            where=where,
-            fix="put them back, or start a new run",
+            f"{run.metrics_path.name} is not what it was then in its first {position.metrics_bytes:,} bytes",
+            where=str(run.metrics_path),
         )
-
-
-def restore_random_state(checkpoint: Checkpoint) -> None:
-    """Continue the random-number streams where the checkpoint left them."""
-    torch.set_rng_state(checkpoint.random["torch"])
-    if torch.cuda.is_available() and "cuda" in checkpoint.random:
-        torch.cuda.set_rng_state(checkpoint.random["cuda"])
 
 
 def copy_into(parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, Tensor], where: str) -> None:

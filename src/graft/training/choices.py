@@ -11,7 +11,7 @@ from graft.adapters.attached import Adapter, active_adapters, adapter_tensors, a
 from graft.config import to_dict
 from graft.data.loader import Kind, Loader
 from graft.data.prepare import Dataset
-from graft.errors import ConfigError, TrainingError
+from graft.errors import TrainingError
 from graft.evaluate.preferences import PreferenceLoss
 from graft.kernels.wide import is_wide
 from graft.models.load import BaseModel
@@ -93,18 +93,8 @@ def adapter_to_train(model: nn.Module) -> Adapter | None:
 def precision(
     base: BaseModel, config: RunConfig, adapter: Adapter | None
 ) -> tuple[torch.dtype | None, dict[str, str]]:
-    """Tensors that train are float32; the rest computes in the base's dtype.
-
-    Raises:
-        ConfigError: float16, whose small range loses gradients.
-    """
+    """Tensors that train are float32; the rest computes in the base's dtype."""
     asked = config.model.dtype
-    if "float16" in (asked, str(base.dtype).removeprefix("torch.")):
-        raise ConfigError(
-            "training in float16 overflows without loss scaling, which graft does not do",
-            where="model.dtype",
-            fix="bfloat16 or float32",
-        )
     device_type = next(base.model.parameters()).device.type
     slow = f"this processor has no products of {base.dtype}"
     if adapter is not None:
@@ -116,6 +106,11 @@ def precision(
     if not asked and is_wide(compute, device_type):
         return None, {"precision": f"weights and activations in float32: {slow}; set model.dtype to insist"}
     return compute, {"precision": f"weights in float32, matrix products in {compute}"}
+
+
+def scales_loss(base: BaseModel, autocast: torch.dtype | None, adapter: Adapter | None) -> bool:
+    """Whether products are in float16, whose small range loses gradients that are not made larger."""
+    return torch.float16 in (autocast, base.dtype if adapter is not None else None)
 
 
 def learning_rate(config: TrainingConfig, adapter: Adapter | None) -> tuple[float, str]:

@@ -140,6 +140,11 @@ class TrainingConfig:
     """After training on a quantized base: so many steps more on the dense base that it was made from."""
     recovery_learning_rate: float | None = None
     """Peak learning rate of these steps; null takes a tenth of the run's."""
+    loss_spike_threshold: float | None = 6.0
+    """A loss so many robust standard deviations above the median of the 64 before it is logged with the
+    places of its samples; null logs none."""
+    deterministic: bool = False
+    """Use operations that give the same bits in every run, and refuse a model that needs another one."""
     audit: Literal["sampled", "full", "none"] = "sampled"
     """Checks that every tensor learns, that the output changes and that the base does not; "full" reads every
     byte of the base at the start and the end instead of samples."""
@@ -192,7 +197,7 @@ class TrainingConfig:
         if self.seed >= 2**63:
             _refuse("seed", self.seed, "below 2**63")
         positive = ("num_epochs", "adam_epsilon", "learning_rate", "decay_ratio", "dpo_beta")
-        for name in (*positive, "recovery_learning_rate"):
+        for name in (*positive, "recovery_learning_rate", "loss_spike_threshold"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 _refuse(name, value, "above 0")
@@ -345,12 +350,6 @@ class RunConfig:
                     where=f"training.{name}",
                     fix="add an adapter section, or leave it out",
                 )
-        if self.model.dtype == "float16":
-            raise ConfigError(
-                "training in float16 overflows without loss scaling, which graft does not do",
-                where="model.dtype",
-                fix="bfloat16 or float32",
-            )
         if self.training.spectrum_steps and self.adapter is None:
             raise ConfigError(
                 f"training.spectrum_steps = {self.training.spectrum_steps} without an adapter",

@@ -23,17 +23,21 @@ from graft.training.audit import FILE as AUDIT
 from graft.training.audit import RECOVERY_FILE as RECOVERY_AUDIT
 from graft.training.audit import Audit
 from graft.training.audit_findings import Subject
-from graft.training.checkpoint import Checkpoint, Position, copy_into, restore_random_state, save_checkpoint
+from graft.training.checkpoint import Checkpoint, Position, copy_into, save_checkpoint
 from graft.training.config import TrainingConfig
 from graft.training.figures import figures_of
+from graft.training.finite import check_finite
 from graft.training.groups import treatments
 from graft.training.monitors import Monitor
 from graft.training.objectives import Objective
 from graft.training.optim import Optimizer
+from graft.training.random_state import restore_random_state, seed_all
 from graft.training.recompute import every
 from graft.training.schedule import Schedule
+from graft.training.spikes import remark
 from graft.training.splitting import FILE as SPLITS
 from graft.training.splitting import Splitter
+from graft.training.starved import check_gradients
 from graft.training.stopping import StopSignal
 
 
@@ -57,6 +61,7 @@ class Job:
         objective: What is learned in place of the labelled tokens; None for these.
         first_step: Steps that an earlier phase of the run took.
         recipes: How the backward pass gets what it needs; see `memory.prepared`.
+        scales_loss: Whether gradients are made larger on their way, for float16.
     """
 
     model: nn.Module
@@ -74,6 +79,7 @@ class Job:
     objective: Objective | None = None
     first_step: int = 0
     recipes: Recipes = field(default_factory=Recipes)
+    scales_loss: bool = False
 
 
 class _EvaluationStopped(Exception):  # noqa: N818 - a signal between two functions of this file
@@ -111,9 +117,9 @@ class Training:
         if checkpoint:
             copy_into(job.parameters, checkpoint.trained, str(checkpoint.path))
             self.optimizer.load_state(checkpoint.optimizer)
-            restore_random_state(checkpoint)
+            restore_random_state(checkpoint.random)
         else:
-            torch.manual_seed(job.config.seed)
+            seed_all(job.config.seed)
 
     def _subject(self, *, fresh: bool) -> Subject:
         job = self.job
@@ -165,7 +171,10 @@ class Training:
             self.metrics.close()
             self.timings.close()
             self.figures.spectra.close()
-        if self.position.step and self.position.num_skipped == self.position.step:
+        if (
+            self.position.step
+            and self.position.num_skipped + self.position.num_overflows == self.position.step
+        ):
             raise TrainingError(
                 f"none of {self.position.step} steps had a finite loss and gradient: nothing was trained",
                 where=str(job.run.metrics_path),
@@ -185,17 +194,20 @@ class Training:
         by_group = self.figures.by_group(learning_rate, self.optimizer.norms)
         if applied:
             if position.step == 0 and not self.audit.on:
-                self._check_gradients()
+                check_gradients(self.job.parameters, self._experts)
             self.audit.before_update(learning_rate)
             self.optimizer.step(learning_rate, norm)
         else:
             self.optimizer.clear()
+        overflow = position.scale.after(loss, applied=applied) if self.job.scales_loss else None
         num_tokens = sum(batch.num_tokens for batch in batches)
         position.step += 1
         position.num_tokens += num_tokens
         position.num_labelled_tokens += sum(batch.num_labelled_tokens for batch in batches)
-        position.num_skipped += not applied
-        position.num_skipped_in_row = 0 if applied else position.num_skipped_in_row + 1
+        position.num_overflows += overflow is not None
+        if overflow is None:
+            position.num_skipped += not applied
+            position.num_skipped_in_row = 0 if applied else position.num_skipped_in_row + 1
         record: dict[str, Any] = {
             "step": position.step,
             "loss": loss if math.isfinite(loss) else None,
@@ -206,11 +218,13 @@ class Training:
         }
         if self.job.objective is not None:
             record |= self.job.objective.figures()
-        if not applied:
-            record["skipped"] = (
-                "the loss is not finite" if not math.isfinite(loss) else "a gradient is not finite"
-            )
-            self.job.monitor.say(f"step {position.step} was not applied: {record['skipped']}")
+        if self.job.scales_loss:
+            record["loss_scale"] = position.scale.factor
+        threshold, places = self.job.config.loss_spike_threshold, self.job.loader.places
+        for told in remark(record, position.recent_losses, threshold, overflow):
+            self.job.monitor.say(told)
+        if "spike" in record or ("skipped" in record and not overflow):
+            record["samples"] = [place for batch in batches for place in places(batch)]
         # First: whoever reads a step in the metrics finds its timing.
         self.timings.write(self.figures.timing(position.step, time.perf_counter() - started, batches))
         self.metrics.write(record)
@@ -225,7 +239,10 @@ class Training:
         num_labelled = sum(
             batch.num_labelled_tokens if objective is None else objective.weight(batch) for batch in batches
         )
-        return self.splitter.run(self.position.step, batches, lambda parts: self._passes(parts, num_labelled))
+        loss = self.splitter.run(self.position.step, batches, lambda parts: self._passes(parts, num_labelled))
+        if self.job.scales_loss:
+            self.position.scale.divide_out(p.grad for p in self.job.parameters.values())
+        return loss
 
     def _passes(self, batches: Iterator[Batch], num_labelled: int) -> float:
         objective, total = self.job.objective, 0.0
@@ -238,7 +255,8 @@ class Training:
             total += float(loss_sum.detach())
             if not math.isfinite(total):
                 break
-            (loss_sum / num_labelled).backward()
+            mean = loss_sum / num_labelled
+            (mean * self.position.scale.factor if self.job.scales_loss else mean).backward()
             self.job.recipes.finish()
         return total / num_labelled
 
@@ -261,23 +279,6 @@ class Training:
         }
         return replace(batch, **moved)
 
-    def _check_gradients(self) -> None:
-        starved = [name for name, parameter in self.job.parameters.items() if parameter.grad is None]
-        if starved:  # an expert may wait for its first token, while others of its layer have theirs
-            homes = {name: self._experts_of(name) for name in self.job.parameters}
-            served = {homes[name] for name, p in self.job.parameters.items() if p.grad is not None}
-            starved = [name for name in starved if not homes[name] or homes[name] not in served]
-        if starved:
-            raise TrainingError(
-                f"{len(starved)} of {len(self.job.parameters)} trained tensors got no gradient at first",
-                where=", ".join(starved[:5]),
-                fix="they do not act on the loss; take their modules out of the targets",
-            )
-
-    def _experts_of(self, name: str) -> str:
-        """Path of the experts that a tensor belongs to one of; "" for any other tensor."""
-        return next((path for path in self._experts if name.startswith(f"{path}.")), "")
-
     # Between steps.
 
     def _after_step(self) -> None:
@@ -286,14 +287,9 @@ class Training:
         self.audit.after_step(position.step)
         self.figures.spectra.after_step(position.step)
         if position.num_skipped_in_row >= config.max_nonfinite_steps:
-            stands = (
-                f"checkpoint step-{self._saved_step:06d} stands"
-                if self._saved_step >= 0
-                else "nothing is saved"
-            )
             raise TrainingError(
                 f"{position.num_skipped_in_row} steps in a row without a finite loss and gradient",
-                where=f"step {position.step}; {stands}",
+                where=f"step {position.step}; {self._stands()}",
                 fix="lower training.learning_rate, or look at the data of these steps",
             )
         if self._due(config.eval_steps) and self.job.eval_loader is not None:
@@ -302,6 +298,10 @@ class Training:
             self._save()
         if self.job.stop:
             self._leave()
+
+    def _stands(self) -> str:
+        step = self._saved_step
+        return f"checkpoint step-{step:06d} stands" if step >= 0 else "nothing is saved"
 
     def _catch_up(self) -> None:
         """Make the evaluation that a stop prevented, so that a resumed run has the same log."""
@@ -359,7 +359,8 @@ class Training:
         if self._saved_step == self.position.step:
             return
         self._check_place()
-        self.position.metrics_bytes = self.metrics.sync()
+        check_finite(self.job.parameters, f"step {self.position.step}; {self._stands()}")
+        self.position.metrics_bytes, self.position.metrics_sha256 = self.metrics.sync(), self.metrics.sha256()
         self.position.spectra_bytes = self.figures.spectra.sync()
         try:
             save_checkpoint(

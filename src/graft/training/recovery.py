@@ -156,7 +156,7 @@ def begin_recovery(job: Job, position: Position, quantized: float | None) -> Che
     """
     dense = measured(job)
     losses = {"eval_loss_quantized": _finite(quantized), "eval_loss_dense": _finite(dense)}
-    log = LineLog(job.run.metrics_path)
+    log = LineLog(job.run.metrics_path, job.run.metrics_path.stat().st_size)
     try:
         log.write({"step": position.step, "recovery": "begins", **losses})
         best = BestEval()
@@ -169,7 +169,9 @@ def begin_recovery(job: Job, position: Position, quantized: float | None) -> Che
             stopped_early=False,
             num_skipped_in_row=0,
             metrics_bytes=log.sync(),
+            metrics_sha256=log.sha256(),
             best=best,
+            recent_losses=[],  # on the other base they were others
         )
     finally:
         log.close()

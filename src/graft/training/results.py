@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from graft.adapters.attached import Adapter
 from graft.adapters.peft_format import save_adapter
 from graft.data.templates import read_template
-from graft.errors import CheckpointError, TrainingError
+from graft.errors import CheckpointError
+from graft.files import sha256_file
 from graft.models.classifier import is_classifier, labels_of
 from graft.models.fingerprint import Fingerprint
 from graft.models.load import BaseModel
@@ -24,6 +22,7 @@ from graft.models.save import save_model
 from graft.runs import RunDirectory
 from graft.training.checkpoint import Position, copy_into, load_checkpoint
 from graft.training.config import RunConfig, TrainingConfig
+from graft.training.finite import check_finite
 from graft.training.loop import Job
 from graft.training.monitors import peak_memory_bytes
 from graft.training.recovery import recovery_results
@@ -99,7 +98,10 @@ def write_results(
     else:
         if facts["chat_template"]:
             base.tokenizer.chat_template = facts["chat_template"]
-        _check_finite(base.model)
+        check_finite(
+            {name: value.detach().to(base.dtype) for name, value in base.model.named_parameters()},
+            f"the result of step {position.step}",
+        )
         # Replaces what a kill left between these weights and the end of the record.
         saved = save_model(base.model, base.tokenizer, run.model_path, dtype=base.dtype, replace=True)
         _rename(base, run.model_path, saved)
@@ -108,6 +110,7 @@ def write_results(
         "planned_steps": steps,
         "stopped_early": position.stopped_early,
         "skipped_steps": position.num_skipped,
+        "overflow_steps": position.num_overflows,
         "num_tokens": position.num_tokens,
         "best_eval_loss": position.best.loss,
         "best_eval_step": position.best.step if position.best.loss is not None else None,
@@ -118,10 +121,16 @@ def write_results(
         "splits": position.splits or None,
     }
     run.check_present()  # also after the weights, which take long and would make the directory anew
-    record = {**record, "status": "finished", "results": results}
+    digests = _digests(run.adapter_path if adapter is not None else run.model_path)
+    record = {**record, "status": "finished", "results": results, "files": digests}
     write_run_report(run, record)
     run.write_record(record)  # last: a run that says it is finished has everything
     return _outcome(run, results, whole=adapter is None)
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """Digest of each file of a result; reads it once, about a second per gigabyte."""
+    return {path.name: sha256_file(path) for path in sorted(directory.iterdir()) if path.is_file()}
 
 
 def _outcome(run: RunDirectory, results: dict[str, Any], *, whole: bool) -> Run:
@@ -148,17 +157,10 @@ def finished_run(run: RunDirectory, record: Mapping[str, Any]) -> Run | None:
     result = run.model_path if whole else run.adapter_path
     if record["status"] != "finished" or not result.is_dir():
         return None
+    found = _digests(result)
+    if any(found.get(name) != digest for name, digest in record.get("files", {}).items()):
+        return None  # what a power cut took is written again
     return _outcome(run, dict(record["results"]), whole=whole)
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise TrainingError(
-                f"{name} holds NaN or infinite values: the run diverged",
-                where=name,
-                fix="train again with a lower training.learning_rate",
-            )
 
 
 def _rename(base: BaseModel, directory: Path, fingerprint: Fingerprint) -> None:
@@ -169,11 +171,12 @@ def _rename(base: BaseModel, directory: Path, fingerprint: Fingerprint) -> None:
 
 
 def run_id(record: Mapping[str, Any]) -> str:
-    """A name for a run that is the same wherever it is done: a digest of its config, base and data."""
+    """A name for a run that is the same wherever it is done: a digest of config, base, data and changes."""
     config = {name: value for name, value in record["config"].items() if name != "output"}
     # Where they lie does not count: the identity has digests of what is in them.
     config["model"] = {name: value for name, value in config["model"].items() if name != "name"}
     places = ("train", "eval", "chat_template")
     config["data"] = {name: value for name, value in config["data"].items() if name not in places}
-    text = json.dumps([config, record["identity"]], sort_keys=True)
+    changes = [record["changes"]] if record.get("changes") else []
+    text = json.dumps([config, record["identity"], *changes], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -22,6 +22,7 @@ from graft.errors import TrainingError
 from graft.evaluate.loss import IGNORED
 from graft.kernels.reference_linear import release_scratch
 from graft.training.monitors import memory_bytes
+from graft.training.random_state import random_state, restore_random_state
 
 FILE = "splits.json"
 
@@ -117,8 +118,7 @@ class Splitter:
             MemoryError: Never; it is what a split answers.
             RuntimeError: Another error of a pass, as it came.
         """
-        random = torch.get_rng_state()
-        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        random = random_state()
         while True:
             rows = self.rows(step)
             try:
@@ -132,9 +132,7 @@ class Splitter:
             self._release()
             free_memory()
             self._split(step, batches, rows, told, held)
-            torch.set_rng_state(random)
-            if devices:
-                torch.cuda.set_rng_state_all(devices)
+            restore_random_state(random)
 
     def _split(self, step: int, batches: Sequence[Batch], rows: int | None, told: str, held: int) -> None:
         largest = max(len(batch.input_ids) for batch in batches)

@@ -21,7 +21,7 @@ from graft.adapters.lora import LoraConfig
 from graft.config import build, read_assignments
 from graft.data.loader import Loader
 from graft.data.masking import Sample
-from graft.errors import CheckpointError, ConfigError, DataError, StopRequested, StorageError, TrainingError
+from graft.errors import CheckpointError, DataError, StopRequested, StorageError, TrainingError
 from graft.evaluate.loss import token_losses
 from graft.models.load import load
 from graft.runs import RunDirectory, read_lines
@@ -404,11 +404,6 @@ def test_nothing_to_learn_is_told_before_the_model_loads(
     with pytest.raises(DataError, match="none of 1 rows can be learned from"):
         run_from_config(config(broken, rows, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-
-
-def test_float16_training_is_refused(tiny_dir: Callable[..., Path], rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="float16"):
-        run_from_config(config(tiny_dir("llama"), rows, tmp_path / "run", "model.dtype=float16"))
 
 
 @pytest.mark.parametrize(

@@ -208,4 +208,4 @@ def test_a_checkpoint_of_another_format_is_told(config: Callable[..., RunConfig]
     shown = io.StringIO()
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
         resume(out, Console(stream=shown))
-    assert "passed over step-000002: is of format 1, not 2" in shown.getvalue()
+    assert "passed over step-000002: is of format 1, not 3" in shown.getvalue()
