@@ -19,7 +19,7 @@ from graft.kernels.wide import PART_ELEMENTS, is_wide
 from graft.models.families import family_of, layer_index
 from graft.models.layers import BaseLayer
 
-LIBRARIES_BYTES = 330 << 20
+LIBRARIES_BYTES = 420 << 20
 """What Python, torch and transformers hold on a CPU before a model is there; a GPU holds none of it."""
 
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "lion": 4.0, "sgd": 0.0}
@@ -62,6 +62,8 @@ class Step:
     """Share of the tokens that are learned."""
     optimizer: str = "adamw"
     momentum: bool = False
+    optimizer_memory: int | None = None
+    """Bytes that the optimizer's state may take; what is more lies elsewhere."""
     accumulation: int = 1
     recomputed_every: int = 0
     """0: nothing is recomputed; n: every n-th block."""
@@ -189,7 +191,7 @@ def predict(shapes: Shapes, step: Step, *, device_type: str = "cpu") -> Predicti
         "libraries": LIBRARIES_BYTES if device_type == "cpu" else 0,
         "base": shapes.base_bytes,
         "adapter": 4 * shapes.adapter_numbers,
-        "optimizer": int(state * trained),
+        "optimizer": min(int(state * trained), step.optimizer_memory or 2**63),
         "gradients": 4 * trained,
         "activations": tokens * per_token + mask,
         "logits": logits,

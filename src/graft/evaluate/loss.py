@@ -123,7 +123,8 @@ class _FrozenHeadLosses(torch.autograd.Function):
                 leaf = hidden[chunk].detach().requires_grad_()
                 logits = _logits(model, leaf)
             losses[chunk], slope = _losses_and_slope(logits.detach(), targets[chunk])
-            (gradient[chunk],) = torch.autograd.grad(logits, leaf, slope.to(logits.dtype))
+            slope = slope.to(logits.dtype)  # frees the wide one before the product
+            (gradient[chunk],) = torch.autograd.grad(logits, leaf, slope)
             del logits, slope
         ctx.save_for_backward(gradient)
         return losses

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from graft.models.lean import lean
 from graft.models.recipes import Recipes
 from graft.planner import Prediction, Step, predict, shapes_of
+from graft.training.paging import Paging
 from graft.training.recompute import every, recomputed
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def predicted_memory(job: Job, labelled: float, *, packed: bool) -> Prediction:
         labelled=labelled,
         optimizer=config.optimizer,
         momentum=bool(config.sgd_momentum),
+        optimizer_memory=Paging.of(config, job.run.path).memory_bytes,
         accumulation=config.gradient_accumulation_steps,
         recomputed_every=every(config.gradient_checkpointing),
         packed=packed,
