@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -132,12 +132,14 @@ class _Gated(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def lean(model: nn.Module, recipes: Recipes) -> Iterator[int]:
+def lean(model: nn.Module, recipes: Recipes, without: Sequence[str] = ()) -> Iterator[int]:
     """Within the block the model's norms and gated MLPs are stand-ins; afterwards its own modules are back.
 
     Args:
         model: A transformers model, with adapters or without. Names of parameters stay what they are.
         recipes: Told how what is not kept is made; its hooks go around the forward pass.
+        without: Paths of modules that stay as they are, with all inside: those that are run with other
+            parameters than their own, which would not be there in the backward pass.
 
     Yields:
         How many modules were replaced.
@@ -145,7 +147,8 @@ def lean(model: nn.Module, recipes: Recipes) -> Iterator[int]:
     replaced = {
         path: (module, stand_in)
         for path, module in model.named_modules()
-        if (stand_in := _stand_in(module, recipes)) is not None
+        if not any(path == kept or path.startswith(f"{kept}.") for kept in without)
+        and (stand_in := _stand_in(module, recipes)) is not None
     }
     try:
         for path, (_, stand_in) in replaced.items():

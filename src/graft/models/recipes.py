@@ -45,7 +45,10 @@ class Kept:
         return found
 
     def close(self) -> None:
-        """Forget everything."""
+        """After a backward pass: what was put is not asked for any more."""
+
+    def release(self) -> None:
+        """Give back all memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +103,11 @@ class Recipes:
         """After the backward pass: drop what was made last."""
         self._made = None
         self.store.close()
+
+    def release(self) -> None:
+        """Drop everything that a pass has left, wherever it ended."""
+        self._made = None
+        self.store.release()
 
     def note(self, kind: str, output: Tensor, function: Cheap, *inputs: Tensor) -> None:
         """Remember how a tensor was made; it takes the place of the last one of its kind.

@@ -262,7 +262,7 @@ class Training:
 
     def _release(self) -> None:
         self.optimizer.clear()
-        self.job.recipes.finish()
+        self.job.recipes.release()
         if self.job.objective is not None:
             self.job.objective.figures()  # what the failed passes counted
 

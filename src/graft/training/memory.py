@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from graft.adapters.adapted import SavedModule
+from graft.adapters.attached import adapter_modules
 from graft.models.lean import lean
 from graft.models.recipes import Recipes
 from graft.planner import Prediction, Step, predict, shapes_of
@@ -51,11 +53,13 @@ def keep_allocator_tidy() -> bool:
     """Let large tensors have pages of their own, which go back to the system when they are freed.
 
     glibc raises the size from which it does so to that of the largest tensor freed so far, up to 32 MiB; what
-    is smaller then shares a heap, where what the backward pass keeps lies between holes that passing tensors
-    left: the resident set of a step was measured at three to four times what it holds. Lasts for the process.
+    is smaller then shares a heap, whose holes do not fit aligned blocks of their own size again: the resident
+    set of a step was measured at four times what it holds, and grows. Lasts for the process.
 
     Returns:
         Whether it was done; not where the C library has no such setting or MALLOC_MMAP_THRESHOLD_ sets it.
+
+    Cost: the system clears pages for every passing tensor; docs/LOG.md has what that takes.
     """
     if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return False
@@ -71,11 +75,12 @@ def prepared(job: Job) -> Iterator[None]:
     Args:
         job: The run; `job.recipes` is what the loop puts around its forward passes.
     """
-    job.recipes = Recipes()
     if next(iter(job.parameters.values())).device.type == "cpu":
         keep_allocator_tidy()
+    saved = [path for path, m in adapter_modules(job.model).items() if isinstance(m, SavedModule)]
+    job.recipes = Recipes()
     with (
-        lean(job.model, job.recipes),
+        lean(job.model, job.recipes, saved),
         recomputed(job.model, job.config.gradient_checkpointing, job.recipes.store),
     ):
         yield
