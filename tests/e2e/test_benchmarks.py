@@ -46,3 +46,8 @@ def test_monitors_are_timed() -> None:
     told = run("monitors.py", "--small")
     assert "4M, 4 blocks, rank 16" in told
     assert "share_of_a_core_by_viewers" in told
+
+
+def test_memory_and_speed_of_training_are_compared() -> None:
+    told = run("training.py", "--small", "--steps", "1", "--only", "graft-lora", "peft-lora")
+    assert "memory_over_peft" in told
