@@ -138,6 +138,23 @@ def test_a_split_step_has_the_same_loss_and_gradients(
         assert float((got[name] - gradient).norm() / gradient.norm()) < 1e-6, name
 
 
+def test_gradients_of_passes_before_the_failing_one_do_not_count_twice(
+    tiny_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for rows in (8, 4):
+        training, parameters = training_on(tiny_dir("llama"), tmp_path, Silent())
+        (batch,) = next(training._steps())
+        full = Full(rows, MemoryError())
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "token_losses", full)
+            training._accumulate([*list(pieces([batch], 2))[:1], batch])
+        found.append({name: p.grad.clone() for name, p in parameters.items()})
+    assert full.passes == [2, 8, 2, 4, 4]
+    for name, gradient in found[0].items():
+        assert float((found[1][name] - gradient).norm() / gradient.norm()) < 1e-6, name
+
+
 def test_a_row_that_does_not_fit_ends_the_run_with_the_numbers(
     tiny_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
