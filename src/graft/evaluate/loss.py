@@ -121,7 +121,7 @@ class _FrozenHeadLosses(torch.autograd.Function):
             chunk = slice(start, start + size)
             with torch.enable_grad():
                 leaf = hidden[chunk].detach().requires_grad_()
-                logits = _logits(model, leaf)
+                logits = _logits(model, leaf.view_as(leaf))  # hooks on the head cannot take a leaf here
             losses[chunk], slope = _losses_and_slope(logits.detach(), targets[chunk])
             slope = slope.to(logits.dtype)  # frees the wide one before the product
             (gradient[chunk],) = torch.autograd.grad(logits, leaf, slope)

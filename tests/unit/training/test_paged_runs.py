@@ -111,7 +111,7 @@ def test_a_killed_run_leaves_no_spill_and_goes_on(
     assert done.returncode == -signal.SIGKILL, done.stderr
     out = tmp_path / "killed"
     assert {path.name for path in out.iterdir()} <= {
-        "run.json", "metrics.jsonl", "timings.jsonl", "audit.json", "checkpoints", "lock"
+        "run.json", "metrics.jsonl", "timings.jsonl", "spectra.jsonl", "audit.json", "checkpoints", "lock"
     }  # fmt: skip
     steps = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert steps, "it was killed in the middle"

@@ -50,7 +50,8 @@ def test_the_chosen_answers_gain(more: tuple[str, ...], config: Callable[..., Ru
     steps, evaluations = ([line for line in lines if name in line] for name in ("loss", "eval_loss"))
     names = ("reward_chosen", "reward_rejected", "reward_margin", "preference_accuracy")
     assert all(name in line for line in steps for name in names)
-    assert steps[0]["reward_margin"] == 0.0, "the first step starts at the base"
+    # The base is passed without gradients, by other operations: float32 rounds a reward of 0.1 nats apart.
+    assert abs(steps[0]["reward_margin"]) < 1e-7, "the first step starts at the base"
     assert evaluations[-1]["eval_loss"] < steps[0]["loss"]
     assert evaluations[-1]["eval_reward_margin"] > 0.0
     assert evaluations[-1]["eval_preference_accuracy"] == 1.0

@@ -115,7 +115,7 @@ def test_a_stop_in_either_phase(
     stop_at: int, config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = ("adapter.dropout=0.2", "training.eval_steps=3", "training.load_best_at_end=true")
-    more = (*more, "training.optimizer_memory=4KB") if stop_at == 7 else more
+    more = (*more, "training.optimizer_memory=40KB") if stop_at == 7 else more
     straight = run_from_config(config("straight", *more))
     real = Training._step
 
