@@ -75,13 +75,14 @@ class Figures:
     def timing(self, step: int, seconds: float, batches: Sequence[Batch]) -> dict[str, Any]:
         """The line of a step in timings.jsonl."""
         rate = self._cost.of(batches) / max(seconds, 1e-9)
+        memory = memory_bytes()
         return {
             "step": step,
             "seconds": seconds,
             "num_tokens": sum(batch.num_tokens for batch in batches),
             "num_padded_tokens": sum(batch.input_ids.numel() for batch in batches),
-            "memory_bytes": memory_bytes(),
-            "peak_memory_bytes": peak_memory_bytes(),
+            "memory_bytes": memory,
+            "peak_memory_bytes": max(memory, peak_memory_bytes()),  # the system counts its peak now and then
             "flops_per_second": rate,
             "achieved": rate / self.product_rate.flops_per_second,
             "clock_seconds": time.time(),
