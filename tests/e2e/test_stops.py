@@ -98,7 +98,7 @@ def test_train_stopped_anywhere(
 DURING = {
     "graft.training.loop.token_losses": "after step 1 of 3",
     "graft.training.loop.evaluate_loss": "after step 1 of 3",
-    "graft.files.write_tensors": "after step 1 of 3",
+    "graft.training.checkpoint.write_state": "after step 1 of 3",
     "graft.training.checkpoint.files.remove_directory": "after step 2 of 3",
 }
 

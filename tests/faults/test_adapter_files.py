@@ -464,6 +464,6 @@ def test_a_file_without_targets_may_say_where_they_would_be(
         rank_pattern={"q_proj": 2},
         alpha_pattern={"q_proj": 2},
     )
-    loaded = load_adapter(other, tmp_path / "a")
+    loaded = load_adapter(other, tmp_path / "a", trainable=True)
     assert loaded.targets == ()
     assert loaded.saved_modules == ("model.norm",)

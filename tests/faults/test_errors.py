@@ -12,6 +12,7 @@ import torch
 
 from graft import files
 from graft.adapters.attach import attach
+from graft.adapters.attached import adapter_tensors
 from graft.adapters.lora import LoraConfig
 from graft.adapters.merge import merge
 from graft.adapters.peft_format import load_adapter, save_adapter
@@ -51,6 +52,9 @@ class Scene:
     def adapter(self) -> Path:
         base = load(self.model)
         attach(base.model, LoraConfig(rank=2))
+        with torch.no_grad():
+            for tensor in adapter_tensors(base.model).values():
+                tensor.add_(0.01)  # one that changes nothing is refused
         save_adapter(base.model, self.directory / "adapter")
         return self.directory / "adapter"
 

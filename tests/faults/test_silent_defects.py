@@ -19,6 +19,7 @@ from graft.config import build, read_assignments
 from graft.errors import TrainingError
 from graft.models.experts import Experts
 from graft.training import build as building
+from graft.training import inputs
 from graft.training.build import run_from_config
 from graft.training.config import RunConfig
 from graft.training.loop import Training
@@ -147,10 +148,12 @@ def write_to_codes(training: Training) -> None:
 
 
 def adapter_is_not_called(training: Training) -> None:
+    layer(training).begin = lambda x: None
     layer(training).forward = lambda x, output, base: output
 
 
 def update_is_detached(training: Training) -> None:
+    layer(training).begin = lambda x: None
     real = layer(training).forward
     layer(training).forward = lambda x, output, base: (
         output + (real(x, output.clone(), base) - output).detach()
@@ -158,6 +161,7 @@ def update_is_detached(training: Training) -> None:
 
 
 def update_is_multiplied_by_zero(training: Training) -> None:
+    layer(training).begin = lambda x: None
     real = layer(training).forward
     layer(training).forward = lambda x, output, base: output + 0 * real(x, output * 0, base)
 
@@ -328,7 +332,7 @@ def test_a_shared_layer_is_caught(refused: Callable[..., Any], monkeypatch: pyte
         first, second = (model.get_submodule(f"model.layers.{n}.self_attn.q_proj") for n in (0, 1))
         second.adapters["default"] = first.adapters["default"]
 
-    monkeypatch.setattr(building, "attach", sharing)
+    monkeypatch.setattr(inputs, "attach", sharing)
     _, noted = refused(lambda _: None)
     assert noted["defects"][0]["what"] == "tensors that train share memory"
     assert f"{Q}.lora_A.weight" in noted["defects"][0]["names"]
@@ -340,7 +344,7 @@ def test_a_layer_left_out_is_caught(refused: Callable[..., Any], monkeypatch: py
         del model.get_submodule(Q).adapters["default"]
         model.get_submodule(Q).active = ()
 
-    monkeypatch.setattr(building, "attach", leaving_out)
+    monkeypatch.setattr(inputs, "attach", leaving_out)
     _, noted = refused(lambda _: None)
     found = next(d for d in noted["defects"] if "configuration asks for do not train" in d["what"])
     assert set(found["names"]) == PAIR

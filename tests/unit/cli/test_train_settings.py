@@ -26,7 +26,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     class Enough(Exception):  # noqa: N818 - ends the command where the run would begin
         pass
 
-    def start(settings: Settings, quiet: bool) -> None:
+    def start(settings: Settings, *others: object) -> None:
         found.append(settings)
         raise Enough
 

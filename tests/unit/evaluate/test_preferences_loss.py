@@ -120,7 +120,8 @@ def test_the_base_is_asked_without_dropout(tiny_dir: Callable[..., Path]) -> Non
     attach(model, LoraConfig(rank=4))
     (batch,) = Loader(pairs(1), 1, 40, packing=False, kind="pair").epoch(0)
     plain = log_ratios(model, batch).ratios
-    assert float(plain.detach().abs().max()) == 0.0
+    # With and without gradients other operations make the same sums: float32 rounds them apart.
+    assert float(plain.detach().abs().max()) < 2e-6
     model.train()
     seen = [log_ratios(model, batch).ratios.detach() for _ in range(2)]
     assert model.training
