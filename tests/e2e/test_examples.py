@@ -176,4 +176,5 @@ def test_the_merged_model_is_the_live_one(
     merged = AutoModelForCausalLM.from_pretrained(project / "merged/short", dtype=torch.float32)
 
     assert certificate["logit_gap"] < 1e-4
-    torch.testing.assert_close(logits(merged), live, atol=1e-5, rtol=1e-5)
+    # float32 rounds in proportion: a part in 1e5 of the largest logit.
+    torch.testing.assert_close(logits(merged), live, atol=1e-5 * float(live.abs().max()), rtol=1e-5)
