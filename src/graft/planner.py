@@ -19,8 +19,11 @@ from graft.kernels.wide import PART_ELEMENTS, is_wide
 from graft.models.families import family_of, layer_index
 from graft.models.layers import BaseLayer
 
-LIBRARIES_BYTES = 420 << 20
-"""What Python, torch and transformers hold on a CPU before a model is there; a GPU holds none of it."""
+LIBRARIES_BYTES = 500 << 20
+"""What Python, torch and transformers hold on a CPU without the model, where no process can be asked.
+
+It differs by a fifth with their versions and with what is installed beside them; a GPU holds none of it.
+"""
 
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "lion": 4.0, "sgd": 0.0}
 """Bytes of an optimizer's state for each number that trains; sgd's with momentum is a float32."""
@@ -164,13 +167,17 @@ def _block(model: Any, config: Any) -> tuple[int, int, int]:
     return kept, heads + sum(ranks), max(inner, config.hidden_size, heads * size)
 
 
-def predict(shapes: Shapes, step: Step, *, device_type: str = "cpu") -> Prediction:
+def predict(
+    shapes: Shapes, step: Step, *, device_type: str = "cpu", held_bytes: int | None = None
+) -> Prediction:
     """The memory of a training step.
 
     Args:
         shapes: Of the model.
         step: Of the run.
         device_type: On a GPU the libraries' own memory is not counted, as torch does not.
+        held_bytes: What a process holds in which the model and its adapters are loaded; tells what its
+            libraries are. None: `LIBRARIES_BYTES`.
 
     Returns:
         The terms and the peak.
@@ -187,8 +194,10 @@ def predict(shapes: Shapes, step: Step, *, device_type: str = "cpu") -> Predicti
     logits = int(chunk * shapes.vocabulary * (4 + 3 * shapes.activation_bytes))
     passing = tokens * shapes.widest * (8 + 2 * shapes.activation_bytes)
     state = 4.0 if step.momentum and step.optimizer == "sgd" else STATE_BYTES[step.optimizer]
+    loaded = shapes.base_bytes + 4 * shapes.adapter_numbers
+    libraries = LIBRARIES_BYTES if held_bytes is None else max(held_bytes - loaded, 0)
     terms = {
-        "libraries": LIBRARIES_BYTES if device_type == "cpu" else 0,
+        "libraries": libraries if device_type == "cpu" else 0,
         "base": shapes.base_bytes,
         "adapter": 4 * shapes.adapter_numbers,
         "optimizer": min(int(state * trained), step.optimizer_memory or 2**63),

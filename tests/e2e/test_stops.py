@@ -192,7 +192,7 @@ def test_a_signal_after_the_answer_changes_nothing(
 @pytest.mark.parametrize(
     ("place", "verb"),
     [
-        ("graft.evaluate.tasks.evaluate_file", ["evaluate", "MODEL", "--data", "ROWS"]),
+        ("graft.evaluate.kinds.measure", ["evaluate", "MODEL", "--data", "ROWS"]),
         ("graft.evaluate.generate.generate", ["generate", "MODEL", "--prompt", "a"]),
         ("graft.adapters.merge.merge", ["merge", "adapter", "--out", "merged"]),
         ("graft.kernels.explain", ["doctor"]),

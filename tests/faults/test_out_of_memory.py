@@ -30,8 +30,8 @@ directory, place, room = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)
 base = load(directory)
 attach(base.model, LoraConfig(rank=4), seed=1)
-ids = torch.randint(3, 250, (16, 128), generator=torch.Generator().manual_seed(0)).tolist()
-loader = Loader([Sample(row, [-100, *row[1:]]) for row in ids], 16, 128, packing=False)
+ids = torch.randint(3, 250, (4, 512), generator=torch.Generator().manual_seed(0)).tolist()
+loader = Loader([Sample(row, [-100, *row[1:]]) for row in ids], 4, 512, packing=False)
 run = RunDirectory.create(place)
 job = Job(base.model, adapter_tensors(base.model), loader, None, TrainingConfig(max_steps=2, audit="none"),
           1e-3, run, Silent())
@@ -50,7 +50,8 @@ except TrainingError as error:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space as Linux has them")
 def test_a_limit_of_the_address_space(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
-    model = tiny_dir("llama", hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
+    model = tiny_dir("llama", **sizes, max_position_embeddings=512)
 
     def run(room: int) -> dict[str, object]:
         words = [sys.executable, "-c", PROGRAM, str(model), str(tmp_path / f"run{room}"), str(room)]
@@ -59,8 +60,8 @@ def test_a_limit_of_the_address_space(tiny_dir: Callable[..., Path], tmp_path: P
         found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
         return found
 
-    free, tight, nothing = run(0), run(100), run(3)
+    free, tight, nothing = run(0), run(90), run(3)
     assert free["splits"] == []
     assert tight["splits"]
     assert tight["losses"] == pytest.approx(free["losses"], rel=1e-6)
-    assert "a single row of 128 tokens does not fit" in str(nothing.get("refused"))
+    assert "a single row of 512 tokens does not fit" in str(nothing.get("refused"))

@@ -68,6 +68,8 @@ def test_each_setting_moves_its_own_term(tiny_dir: Callable[..., Path]) -> None:
     kept = [predict(found, replace(STEP, recomputed_every=n)).activations for n in (1, 2, 3, 0)]
     assert kept == sorted(kept)
     assert predict(found, STEP, device_type="cuda").libraries == 0
+    held = predict(found, STEP, held_bytes=found.base_bytes + 4 * found.adapter_numbers + 77)
+    assert held == replace(plain, libraries=77, peak_bytes=plain.peak_bytes - LIBRARIES_BYTES + 77)
 
 
 def test_what_is_trained_whole_counts_once(tiny_dir: Callable[..., Path]) -> None:
@@ -109,8 +111,8 @@ def test_the_prediction_is_near_what_a_process_takes(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     metrics = json.loads(done.stdout.splitlines()[-1])
-    # Libraries are most of it, and differ by a tenth with their versions and with what was imported.
-    assert metrics["predicted_memory_bytes"] == pytest.approx(metrics["peak_memory_bytes"], rel=0.2)
+    # Libraries are most of it, and the first step loads more of them.
+    assert metrics["predicted_memory_bytes"] == pytest.approx(metrics["peak_memory_bytes"], rel=0.1)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["predicted_memory"]["peak_bytes"] == metrics["predicted_memory_bytes"]
     assert "predicted_memory_bytes" in (tmp_path / "run" / "report.html").read_text()

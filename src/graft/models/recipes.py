@@ -28,7 +28,9 @@ class Kept:
 
     def put(self, tensor: Tensor) -> Handle:
         """Keep a tensor; returns what `get` wants."""
-        return tensor, tensor._version
+        # Detached, with the same memory and version: a graph that holds tensors that hold the graph
+        # would outlive a forward pass whose backward pass never comes.
+        return tensor.detach(), tensor._version
 
     def get(self, handle: Handle) -> Tensor:
         """The tensor again.

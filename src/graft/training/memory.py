@@ -14,6 +14,7 @@ from graft.adapters.attached import adapter_modules
 from graft.models.lean import lean
 from graft.models.recipes import Recipes
 from graft.planner import Prediction, Step, predict, shapes_of
+from graft.training.monitors import memory_bytes
 from graft.training.paging import Paging
 from graft.training.recompute import every, recomputed
 
@@ -46,7 +47,8 @@ def predicted_memory(job: Job, labelled: float, *, packed: bool) -> Prediction:
         packed=packed,
     )
     device = next(iter(job.parameters.values())).device
-    return predict(shapes_of(job.model, job.parameters), step, device_type=device.type)
+    shapes = shapes_of(job.model, job.parameters)
+    return predict(shapes, step, device_type=device.type, held_bytes=memory_bytes())
 
 
 def keep_allocator_tidy() -> bool:
