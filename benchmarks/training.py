@@ -6,7 +6,8 @@
 Every contestant is a process of its own, so that its peak memory is its own; the parent lets them make a
 step in turn, so that all of them see the same machine. Ratios of speed are taken within each turn and the
 median is printed. Peak memory is the largest resident set from the start of the process to its end, loading
-and libraries included.
+and libraries included. On a processor without bfloat16 PEFT is several times faster in float32
+(`--peer-dtype float32`), which takes it more memory: memory is compared with its best, and so is speed.
 Writes results/training.json.
 """
 
@@ -43,6 +44,14 @@ def wait_for_turn() -> bool:
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak_bytes() -> int:
+    # Not getrusage's: that begins with the peak of the process that started this one.
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+    )
+    return int(line.split()[1]) * 1024
 
 
 def token_rows(rows: int, length: int, vocabulary: int, steps: int) -> list[list[int]]:
@@ -83,6 +92,8 @@ def run_graft(directory: str, values: argparse.Namespace, rows: list[list[int]],
             max_steps=values.steps + 1,
             lr_scheduler="constant",
             gradient_checkpointing=values.checkpointing,
+            activation_offload=values.offload,
+            mlp_tile=values.tile,
             audit="none",
         )
         samples = [Sample(row, [-100, *row[1:]]) for row in rows]
@@ -101,17 +112,15 @@ def run_peft(directory: str, values: argparse.Namespace, rows: list[list[int]], 
     import torch
     import transformers
 
-    how = None
+    how, dtype = None, getattr(torch, values.peer_dtype)
     if quantized:
         how = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=dtype,
         )
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.bfloat16, quantization_config=how
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, quantization_config=how)
     model.config.use_cache = False
     if quantized:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=values.checkpointing)
@@ -137,7 +146,7 @@ def run_peft(directory: str, values: argparse.Namespace, rows: list[list[int]], 
             per_device_train_batch_size=values.rows,
             max_steps=values.steps + 1,
             use_cpu=True,
-            bf16=True,
+            bf16=dtype is torch.bfloat16,
             gradient_checkpointing=values.checkpointing,
             logging_strategy="no",
             save_strategy="no",
@@ -163,13 +172,13 @@ def contestant(values: argparse.Namespace) -> None:
 
     if values.threads:
         torch.set_num_threads(values.threads)
-    shape, length = (TINY, 32) if values.small else (REAL, 512)
+    shape, length = (TINY, 32) if values.small else (REAL, values.tokens)
     shape = (*shape[:2], values.layers or shape[2], *shape[3:])
     rows = token_rows(values.rows, length, shape[-1], values.steps + 1)
     who, kind = values.contestant.split("-")
     run = run_graft if who == "graft" else run_peft
     run(values.model, values, rows, kind == "qlora")
-    tell(peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    tell(peak_bytes=peak_bytes())
 
 
 class Process:
@@ -216,7 +225,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--small", action="store_true", help="a tiny model, few steps, no file")
-    parser.add_argument("--rows", type=int, default=4, help="rows of 512 tokens in a step")
+    parser.add_argument("--rows", type=int, default=4, help="rows in a step")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens in a row")
+    parser.add_argument("--peer-dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--offload", action="store_true", help="graft's activations wait in a file")
+    parser.add_argument("--tile", type=int, help="tokens that graft's MLPs work on at a time")
     parser.add_argument("--layers", type=int, default=0, help="fewer blocks than the real shape has")
     parser.add_argument("--steps", type=int, default=3, help="measured steps, after one to warm up")
     parser.add_argument("--threads", type=int, default=0)
@@ -239,7 +252,7 @@ def compare(values: argparse.Namespace) -> None:
 
     shape = TINY if values.small else REAL
     shape = (*shape[:2], values.layers or shape[2], *shape[3:])
-    tokens = values.rows * (32 if values.small else 512)
+    tokens = values.rows * (32 if values.small else values.tokens)
     given = [word for word in sys.argv[1:]]
     times: dict[str, list[float]] = {}
     with TemporaryDirectory() as directory:
@@ -248,6 +261,7 @@ def compare(values: argparse.Namespace) -> None:
         for turn in range(values.steps + 1):
             for name, process in processes.items():
                 seconds = process.step()
+                print(f"{name} {turn if turn else 'warm-up'}: {seconds:.1f} s", file=sys.stderr, flush=True)
                 if turn:
                     times.setdefault(name, []).append(seconds)
         facts = {name: process.finish() for name, process in processes.items()}
@@ -258,6 +272,7 @@ def compare(values: argparse.Namespace) -> None:
         figures[name] = {
             "peak_megabytes": round(facts[name]["peak_bytes"] / 1e6, 1),
             "tokens_per_second": round(tokens / statistics.median(times[name]), 1),
+            "seconds": [round(seconds, 2) for seconds in times[name]],
         }
         if peer in times:
             ratios = [b / a for a, b in zip(times[name], times[peer], strict=True)]
@@ -274,7 +289,7 @@ def compare(values: argparse.Namespace) -> None:
         place = Path(values.out) if values.out else Path(__file__).parent / "results" / "training.json"
         told = {"shape": shape, "tokens": tokens, "threads": values.threads or torch.get_num_threads()}
         told |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "steps": values.steps}
-        told |= {"checkpointing": values.checkpointing}
+        told |= {name: getattr(values, name) for name in ("checkpointing", "offload", "tile", "peer_dtype")}
         files.write_json(place, {**told, "figures": figures})
 
 

@@ -59,6 +59,7 @@ ALIASES: dict[str, str] = {
     "num_warmup_steps": "training.warmup_steps",
     "lr_warmup_steps": "training.warmup_steps",
     "warmup_proportion": "training.warmup_ratio",
+    "activation_offloading": "training.activation_offload",
     "lr_num_cycles": "training.num_cycles",
     "min_lr_rate": "training.min_lr_ratio",
     "cosine_min_lr_ratio": "training.min_lr_ratio",

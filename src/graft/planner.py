@@ -18,6 +18,8 @@ from graft.evaluate.loss import CHUNK_LOGITS
 from graft.kernels.wide import PART_ELEMENTS, is_wide
 from graft.models.families import family_of, layer_index
 from graft.models.layers import BaseLayer
+from graft.models.lean import GATED
+from graft.models.recipes import AHEAD_BYTES
 
 LIBRARIES_BYTES = 500 << 20
 """What Python, torch and transformers hold on a CPU without the model, where no process can be asked.
@@ -46,8 +48,14 @@ class Shapes:
     """Numbers of a token that one block keeps for the backward pass, in the dtype of activations."""
     block_float32: int
     """Numbers of a token that one block keeps in float32."""
+    mlp_numbers: int
+    """Of these, what is inside of the MLP."""
+    mlp_float32: int
+    """The same in float32."""
     widest: int
     """Most numbers of a token in one tensor of a block."""
+    widest_outside: int
+    """The same without the MLP's inside."""
     scratch_bytes: int
     """Memory in which weights are decoded or made wide."""
     activation_bytes: int
@@ -72,6 +80,10 @@ class Step:
     """0: nothing is recomputed; n: every n-th block."""
     packed: bool = False
     """Whether rows hold several documents, told apart by a mask."""
+    offloaded: bool = False
+    """Whether large activations wait elsewhere."""
+    mlp_tile: int | None = None
+    """Tokens that an MLP works on at a time."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,6 @@ def shapes_of(model: Any, trained: Mapping[str, nn.Parameter]) -> Shapes:
     trained_ids = {id(p) for p in trained.values()}
     config = model.config.get_text_config()
     blocks = model.get_submodule(family_of(model).layers)
-    kept, kept_float32, widest = _block(model, config)
     any_tensor = model.get_input_embeddings().weight
     dtype = any_tensor.dtype
     layers = [layer for module in model.modules() if (layer := BaseLayer.of(module)) is not None]
@@ -132,9 +143,7 @@ def shapes_of(model: Any, trained: Mapping[str, nn.Parameter]) -> Shapes:
         num_blocks=len(blocks),
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
-        block_numbers=kept,
-        block_float32=kept_float32,
-        widest=widest,
+        **_block(model, config),
         scratch_bytes=scratch,
         activation_bytes=dtype.itemsize,
     )
@@ -149,22 +158,29 @@ def _adapter_tensors(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def _block(model: Any, config: Any) -> tuple[int, int, int]:
-    """Numbers that a block keeps of a token: in its own dtype, in float32; and its widest tensor."""
+def _block(model: Any, config: Any) -> dict[str, int]:
+    """What a block keeps of a token, and its widest tensors, by field of `Shapes`."""
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     keys = getattr(config, "num_key_value_heads", None) or heads
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    # Two residuals; q, k, v, attention's output; gate and up, or the two sides of the activation.
-    kept = 2 * config.hidden_size + 2 * heads * size + 2 * keys * size + 2 * inner
-    ranks = [
-        len(layer.lora_A)
+    ranks = {
+        path: len(layer.lora_A)
         for path, module in adapter_modules(model).items()
         if layer_index(path) == 0
         for layer in getattr(module, "adapters", {}).values()
         if hasattr(layer, "lora_A")
-    ]
-    return kept, heads + sum(ranks), max(inner, config.hidden_size, heads * size)
+    }
+    outside = max(config.hidden_size, heads * size)
+    return {
+        # Two residuals; q, k, v, attention's output; gate and up, or the two sides of the activation.
+        "block_numbers": 2 * config.hidden_size + 2 * heads * size + 2 * keys * size + 2 * inner,
+        "block_float32": heads + sum(ranks.values()),
+        "mlp_numbers": 2 * inner,
+        "mlp_float32": sum(rank for path, rank in ranks.items() if path.rpartition(".")[2] in GATED),
+        "widest": max(inner, outside),
+        "widest_outside": outside,
+    }
 
 
 def predict(
@@ -184,15 +200,17 @@ def predict(
     """
     tokens = step.rows * step.tokens
     trained = shapes.adapter_numbers + shapes.base_numbers_trained
-    whole = shapes.activation_bytes * shapes.block_numbers + 4 * shapes.block_float32
-    recomputed = shapes.num_blocks // step.recomputed_every if step.recomputed_every else 0
-    per_token = (shapes.num_blocks - recomputed) * whole
-    per_token += recomputed * shapes.activation_bytes * shapes.hidden + (whole if recomputed else 0)
-    mask = step.rows * step.tokens**2 if step.packed else 0
+    activations = tokens * _kept_of_a_token(shapes, step)
+    if step.offloaded:
+        activations += AHEAD_BYTES
+    activations += step.rows * step.tokens**2 if step.packed else 0
     chunk = min(tokens * step.labelled, CHUNK_LOGITS // shapes.vocabulary)
     # The logits, their float32 copy, their gradient and, where it is padded, that once more.
     logits = int(chunk * shapes.vocabulary * (4 + 3 * shapes.activation_bytes))
-    passing = tokens * shapes.widest * (8 + 2 * shapes.activation_bytes)
+    widest = tokens * shapes.widest
+    if step.mlp_tile is not None:
+        widest = max(min(tokens, step.mlp_tile) * shapes.widest, tokens * shapes.widest_outside)
+    passing = widest * (8 + 2 * shapes.activation_bytes)
     state = 4.0 if step.momentum and step.optimizer == "sgd" else STATE_BYTES[step.optimizer]
     loaded = shapes.base_bytes + 4 * shapes.adapter_numbers
     libraries = LIBRARIES_BYTES if held_bytes is None else max(held_bytes - loaded, 0)
@@ -202,7 +220,7 @@ def predict(
         "adapter": 4 * shapes.adapter_numbers,
         "optimizer": min(int(state * trained), step.optimizer_memory or 2**63),
         "gradients": 4 * trained,
-        "activations": tokens * per_token + mask,
+        "activations": activations,
         "logits": logits,
         "passing": passing,
         "scratch": shapes.scratch_bytes,
@@ -213,3 +231,16 @@ def predict(
     # The norm, the clipped gradients and the update go through everything that trains once more.
     backward = 2 * terms["gradients"]
     return Prediction(**terms, peak_bytes=lasting + max(forward, backward))
+
+
+def _kept_of_a_token(shapes: Shapes, step: Step) -> int:
+    """Bytes in memory for the backward pass, over all blocks."""
+    numbers, float32 = shapes.block_numbers, shapes.block_float32
+    if step.mlp_tile is not None:
+        numbers, float32 = numbers - shapes.mlp_numbers, float32 - shapes.mlp_float32
+    whole = shapes.activation_bytes * numbers + 4 * float32
+    recomputed = shapes.num_blocks // step.recomputed_every if step.recomputed_every else 0
+    if step.offloaded:  # one block's, and of the others what is too small to leave
+        return whole + (shapes.num_blocks - recomputed) * 4 * float32
+    kept = (shapes.num_blocks - recomputed) * whole
+    return kept + recomputed * shapes.activation_bytes * shapes.hidden + (whole if recomputed else 0)

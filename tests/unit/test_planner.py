@@ -16,6 +16,7 @@ from graft.adapters.attach import attach
 from graft.adapters.attached import adapter_tensors
 from graft.adapters.lora import LoraConfig
 from graft.models.load import load
+from graft.models.recipes import AHEAD_BYTES
 from graft.planner import LIBRARIES_BYTES, Shapes, Step, predict, shapes_of
 
 STEP = Step(rows=4, tokens=32)
@@ -68,6 +69,13 @@ def test_each_setting_moves_its_own_term(tiny_dir: Callable[..., Path]) -> None:
     kept = [predict(found, replace(STEP, recomputed_every=n)).activations for n in (1, 2, 3, 0)]
     assert kept == sorted(kept)
     assert predict(found, STEP, device_type="cuda").libraries == 0
+    tiled = predict(found, replace(STEP, mlp_tile=8))
+    inner, layers, tokens = 64, 6, 4 * 32
+    assert plain.activations - tiled.activations == tokens * layers * (2 * 2 * inner + 4 * 3 * 4)
+    assert tiled.passing == tokens * 32 * 12  # hidden states are the widest now
+    away = predict(found, replace(STEP, offloaded=True))
+    block = plain.activations // layers
+    assert away.activations == block + tokens * layers * 4 * (4 + 7 * 4) + AHEAD_BYTES
     held = predict(found, STEP, held_bytes=found.base_bytes + 4 * found.adapter_numbers + 77)
     assert held == replace(plain, libraries=77, peak_bytes=plain.peak_bytes - LIBRARIES_BYTES + 77)
 

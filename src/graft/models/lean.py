@@ -11,43 +11,27 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from graft.errors import ModelError
 from graft.models.recipes import Cheap, Recipes, autocast_now
+from graft.models.stand_in import StandIn
+from graft.models.tiled import TiledMLP
 
 _NORM = re.compile(r"(?:RMS|Layer)Norm$")
 
-_GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 """The children of an MLP that computes down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
 
 _CHUNK_ELEMENTS = 1 << 17
 """Numbers that a norm's backward pass works on at a time, so that they stay in a core's cache."""
 
 
-class _StandIn(nn.Module):
-    """Has the parameters, buffers, children and attributes of another module, under the same names."""
-
-    def __init__(self, original: nn.Module, recipes: Recipes) -> None:
-        super().__init__()
-        self.__dict__["original"] = original
-        self.__dict__["recipes"] = recipes
-        # The same dictionaries: what is put into one is in the other.
-        for name in ("_parameters", "_buffers", "_modules"):
-            self.__dict__[name] = original.__dict__[name]
-        self.training = original.training
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["original"], name)
-
-
-class LeanNorm(_StandIn):
+class LeanNorm(StandIn):
     """A norm over the last dimension that keeps its input, in the input's dtype, and nothing else."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,7 +74,7 @@ class _Recomputed(torch.autograd.Function):
         return result.view(x.shape), None
 
 
-class GatedMLP(_StandIn):
+class GatedMLP(StandIn):
     """down_proj(act_fn(gate_proj(x)) * up_proj(x)) that keeps gate_proj's and up_proj's outputs only."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,7 +116,9 @@ class _Gated(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def lean(model: nn.Module, recipes: Recipes, without: Sequence[str] = ()) -> Iterator[int]:
+def lean(
+    model: nn.Module, recipes: Recipes, without: Sequence[str] = (), tile: int | None = None
+) -> Iterator[int]:
     """Within the block the model's norms and gated MLPs are stand-ins; afterwards its own modules are back.
 
     Args:
@@ -140,16 +126,22 @@ def lean(model: nn.Module, recipes: Recipes, without: Sequence[str] = ()) -> Ite
         recipes: Told how what is not kept is made; its hooks go around the forward pass.
         without: Paths of modules that stay as they are, with all inside: those that are run with other
             parameters than their own, which would not be there in the backward pass.
+        tile: Tokens that a gated MLP works on at a time, see `TiledMLP`; None for all.
 
     Yields:
         How many modules were replaced.
+
+    Raises:
+        ModelError: A tile is given, and the model has no gated MLP.
     """
     replaced = {
         path: (module, stand_in)
         for path, module in model.named_modules()
         if not any(path == kept or path.startswith(f"{kept}.") for kept in without)
-        and (stand_in := _stand_in(module, recipes)) is not None
+        and (stand_in := _stand_in(module, recipes, tile)) is not None
     }
+    if tile is not None and not any(isinstance(new, TiledMLP) for _, new in replaced.values()):
+        _refuse_tile(model, tile)
     try:
         for path, (_, stand_in) in replaced.items():
             model.set_submodule(path, stand_in)
@@ -160,12 +152,21 @@ def lean(model: nn.Module, recipes: Recipes, without: Sequence[str] = ()) -> Ite
             model.set_submodule(path, module)
 
 
-def _stand_in(module: nn.Module, recipes: Recipes) -> nn.Module | None:
+def _refuse_tile(model: nn.Module, tile: int) -> NoReturn:
+    raise ModelError(
+        f"no MLP of {type(model).__name__} can work on {tile} tokens at a time: none is a gate, an up and a "
+        "down projection and nothing else",
+        where="training.mlp_tile",
+        fix="leave it out; training.gradient_checkpointing=full saves memory on any model",
+    )
+
+
+def _stand_in(module: nn.Module, recipes: Recipes, tile: int | None) -> nn.Module | None:
     children = dict(module.named_children())
     if not children and _NORM.search(type(module).__name__):
         return LeanNorm(module, recipes)
-    if children.keys() == _GATED and _is_plainly_gated(module):
-        return GatedMLP(module, recipes)
+    if children.keys() == GATED and _is_plainly_gated(module):
+        return GatedMLP(module, recipes) if tile is None else TiledMLP(module, recipes, tile)
     return None
 
 

@@ -19,6 +19,9 @@ from torch import Tensor
 Cheap = Callable[..., Tensor]
 """A function of tensors that costs little beside a matrix product and draws no random numbers."""
 
+AHEAD_BYTES = 64 << 20
+"""What a store that keeps tensors elsewhere fetches before it is asked, and holds after it was."""
+
 Handle = Any
 """What stands for a tensor while the backward pass has not come."""
 

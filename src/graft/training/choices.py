@@ -34,6 +34,7 @@ WITHOUT_EFFECT = (
     "training.optimizer_memory",
     "training.optimizer_host_memory",
     "training.optimizer_spill",
+    "training.activation_offload",
     "training.trackers",
 )
 """Fields that change no weight and no line of the log."""

@@ -112,6 +112,12 @@ class TrainingConfig:
     gradient_checkpointing: bool | Literal["none", "full"] | int = False
     """Recompute blocks in the backward pass: "full" (or true) all of them, for less memory and about a
     quarter more time; a number n every n-th block; "none" (or false) no block."""
+    activation_offload: bool | str = False
+    """What the backward pass needs waits elsewhere: from a device in the host's memory, from the host's
+    memory in a file of the run's directory or of the one named here. The steps stay the same."""
+    mlp_tile: int | None = None
+    """For long rows: tokens that a gated MLP works on at a time; its inner tensors are made again in the
+    backward pass. 1024 or more is fast; null takes all tokens at once."""
     eval_steps: int | None = None
     """Evaluate every so many steps; null evaluates at the end of each epoch and of the run."""
     save_steps: int | None = None
@@ -291,6 +297,10 @@ def _check_memory(config: TrainingConfig) -> None:
     named = isinstance(choice, bool) or choice in ("none", "full")
     if not named and (not isinstance(choice, int) or choice < 1):
         _refuse("gradient_checkpointing", choice, '"none", "full", true, false or a number of blocks from 1')
+    if config.activation_offload == "":
+        _refuse("activation_offload", "", "true, false or a directory")
+    if config.mlp_tile is not None and config.mlp_tile < 1:
+        _refuse("mlp_tile", config.mlp_tile, "a number of tokens from 1, or left out")
 
 
 def _refuse(name: str, value: object, wanted: str) -> NoReturn:

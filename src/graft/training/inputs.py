@@ -31,13 +31,16 @@ def rooted(config: RunConfig) -> RunConfig:
         for name in ("train", "eval", "chat_template")
         if (value := getattr(config.data, name))
     }
-    spill = config.training.optimizer_spill
-    spill = None if spill is None else os.path.abspath(os.path.expanduser(spill))
+    directories: dict[str, Any] = {
+        name: os.path.abspath(os.path.expanduser(value))
+        for name in ("optimizer_spill", "activation_offload")
+        if isinstance(value := getattr(config.training, name), str)
+    }
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, name=rooted_name(config.model.name)),
         data=dataclasses.replace(config.data, **places),
-        training=dataclasses.replace(config.training, optimizer_spill=spill),
+        training=dataclasses.replace(config.training, **directories),
     )
 
 

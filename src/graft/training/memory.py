@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
-import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from graft.adapters.adapted import SavedModule
 from graft.adapters.attached import adapter_modules
+from graft.errors import ConfigError
 from graft.models.lean import lean
-from graft.models.recipes import Recipes
+from graft.models.recipes import Kept, Recipes
 from graft.planner import Prediction, Step, predict, shapes_of
+from graft.training.allocator import FEW_IN_HEAP_BYTES, MOST_IN_HEAP_BYTES, TidyKept, tensors_in_heap
 from graft.training.monitors import memory_bytes
+from graft.training.offload import FilePlace, HostPlace, Offloaded
 from graft.training.paging import Paging
 from graft.training.recompute import every, recomputed
 
 if TYPE_CHECKING:
     from graft.training.loop import Job
-
-
-MMAP_THRESHOLD_BYTES = 1 << 20
-"""Tensors from this size on are given back to the system as soon as they are free."""
 
 
 def predicted_memory(job: Job, labelled: float, *, packed: bool) -> Prediction:
@@ -45,29 +41,12 @@ def predicted_memory(job: Job, labelled: float, *, packed: bool) -> Prediction:
         accumulation=config.gradient_accumulation_steps,
         recomputed_every=every(config.gradient_checkpointing),
         packed=packed,
+        offloaded=bool(config.activation_offload),
+        mlp_tile=config.mlp_tile,
     )
     device = next(iter(job.parameters.values())).device
     shapes = shapes_of(job.model, job.parameters)
     return predict(shapes, step, device_type=device.type, held_bytes=memory_bytes())
-
-
-def keep_allocator_tidy() -> bool:
-    """Let large tensors have pages of their own, which go back to the system when they are freed.
-
-    glibc raises the size from which it does so to that of the largest tensor freed so far, up to 32 MiB; what
-    is smaller then shares a heap, whose holes do not fit aligned blocks of their own size again: the resident
-    set of a step was measured at four times what it holds, and grows. Lasts for the process.
-
-    Returns:
-        Whether it was done; not where the C library has no such setting or MALLOC_MMAP_THRESHOLD_ sets it.
-
-    Cost: the system clears pages for every passing tensor; docs/LOG.md has what that takes.
-    """
-    if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
-        return False
-    mallopt: Any = getattr(ctypes.CDLL(None), "mallopt", None)
-    m_mmap_threshold = -3  # its number in malloc.h
-    return mallopt is not None and bool(mallopt(m_mmap_threshold, MMAP_THRESHOLD_BYTES))
 
 
 @contextlib.contextmanager
@@ -77,12 +56,39 @@ def prepared(job: Job) -> Iterator[None]:
     Args:
         job: The run; `job.recipes` is what the loop puts around its forward passes.
     """
-    if next(iter(job.parameters.values())).device.type == "cpu":
-        keep_allocator_tidy()
     saved = [path for path, m in adapter_modules(job.model).items() if isinstance(m, SavedModule)]
-    job.recipes = Recipes()
-    with (
-        lean(job.model, job.recipes, saved),
-        recomputed(job.model, job.config.gradient_checkpointing, job.recipes.store),
-    ):
-        yield
+    job.recipes = Recipes(store_of(job))
+    try:
+        with (
+            lean(job.model, job.recipes, saved, job.config.mlp_tile),
+            recomputed(job.model, job.config.gradient_checkpointing, job.recipes.store),
+        ):
+            yield
+    finally:
+        job.recipes.release()
+
+
+def store_of(job: Job) -> Kept:
+    """Where the steps of a run keep what their backward passes need.
+
+    Raises:
+        ConfigError: A directory is given for a device, whose activations go to the host's memory.
+        StorageError: The directory cannot be written.
+    """
+    where = job.config.activation_offload
+    device = next(iter(job.parameters.values())).device
+    below = FEW_IN_HEAP_BYTES if where else MOST_IN_HEAP_BYTES
+    in_heap = device.type == "cpu" and tensors_in_heap(below=below)
+    if not where:
+        return TidyKept() if in_heap else Kept()
+    lasting = [*job.model.parameters(), *job.model.buffers()]
+    if device.type == "cpu":
+        return Offloaded(FilePlace(where if isinstance(where, str) else job.run.path), lasting)
+    if isinstance(where, str):
+        raise ConfigError(
+            f"training.activation_offload names the directory {where}, and activations of {device} go to the "
+            "host's memory",
+            where="training.activation_offload",
+            fix="true",
+        )
+    return Offloaded(HostPlace(device), lasting)

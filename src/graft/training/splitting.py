@@ -6,13 +6,10 @@ run that is killed before its next checkpoint splits at the same step when it go
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,6 +18,7 @@ from graft.data.loader import Batch
 from graft.errors import TrainingError
 from graft.evaluate.loss import IGNORED
 from graft.kernels.reference_linear import release_scratch
+from graft.training.allocator import give_back
 from graft.training.monitors import memory_bytes
 from graft.training.random_state import random_state, restore_random_state
 
@@ -161,7 +159,4 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; musl has none
-        if trim is not None:
-            trim(0)
+    give_back()
