@@ -95,9 +95,10 @@ def test_loss_and_gradients_are_those_of_the_formula(
         found = found + loss.losses(log_ratios(model, batch)).sum()
     found = found / 5
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-6, abs=1e-6)
-    # What fp32 leaves of a whole gradient; ipo's is large where the margin is far from 1 / (2 beta).
+    # What fp32 leaves of a whole gradient, on processors that add in different orders; ipo's is large where
+    # the margin is far from 1 / (2 beta).
     difference = {name: gradient - wanted[name] for name, gradient in gradients(model, found).items()}
-    assert norm(difference) <= 1e-6 * max(1.0, norm(wanted))
+    assert norm(difference) <= 4e-6 * max(1.0, norm(wanted))
 
 
 def norm(tensors: dict[str, torch.Tensor]) -> float:
