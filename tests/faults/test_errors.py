@@ -159,7 +159,8 @@ CASES: dict[str, tuple[Callable[[Scene], object], str, str, str]] = {
         "",
     ),
     "merge twice": (lambda s: _merge_twice(s), "", "merged", ""),
-    "resume nothing": (lambda s: resume(s.directory), "not a run", "test_every", "run.json"),
+    "resume nothing": (lambda s: resume(s.directory / "none"), "not a run", "none", "run.json"),
+    "resume beside a run": (lambda s: _resume_beside(s), "not a run", "none", "runs there: first"),
     "existing run": (lambda s: _existing_run(s), "", "run", "--resume"),
     "generation": (lambda s: GenerationConfig(temperature=-1.0), "-1.0", "temperature", ""),
     "json": (lambda s: files.read_json(s.write("x.json", "{")), "line 1", "x.json", "restore"),
@@ -174,6 +175,11 @@ def _merge_twice(scene: Scene) -> None:
     attach(base.model, LoraConfig(rank=2))
     merge(adapter, scene.directory / "merged", base=str(scene.model))
     merge(adapter, scene.directory / "again", base=str(scene.directory / "merged"), force_base=True)
+
+
+def _resume_beside(scene: Scene) -> None:
+    RunDirectory.create(scene.directory / "first").write_record({})
+    resume(scene.directory / "none")
 
 
 def _existing_run(scene: Scene) -> None:

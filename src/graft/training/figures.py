@@ -122,7 +122,12 @@ def figures_of(job: Job, treated: Mapping[str, Treatment], num_steps: int) -> Fi
     return Figures(
         named,
         {group: treated[names[0]].rate for group, names in named.items()},
-        step_cost(model, job.parameters, bool(every(job.config.gradient_checkpointing))),
+        step_cost(
+            model,
+            job.parameters,
+            bool(every(job.config.gradient_checkpointing)),
+            job.objective.base_passes if job.objective else 0,
+        ),
         rate,
         Spectra(model, adapter, job.config.spectrum_steps, num_steps),
     )

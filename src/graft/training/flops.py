@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from graft.adapters.adapted import AdaptedLayer, unwrapped
 from graft.adapters.targets import block_number
 from graft.data.loader import Batch
+from graft.models.classifier import HEAD, is_classifier
 from graft.models.experts import Experts
 from graft.models.layers import BaseLayer
 
@@ -32,7 +33,9 @@ class StepCost:
 
     With n a matrix's numbers, a token costs 2 n forward, 2 n for the gradient of its input where something
     below it trains, 2 n for its own where it trains, and 2 n where the block is recomputed; the head only for
-    labelled tokens; causal attention 7 s q a layer, s the tokens of a document, q the width of all heads.
+    labelled tokens; causal attention 7 s q a layer, s the tokens of a document, q the width of all heads. A
+    classifier's head is the one over its classes, and the last token of each text its labelled one. A pass
+    of the base, which preferences are measured from, is one more forward: 2 n without adapters, 2 s q.
 
     Attributes:
         per_token: Of matrices, adapters included.
@@ -58,13 +61,16 @@ class StepCost:
         return total
 
 
-def step_cost(model: nn.Module, parameters: Mapping[str, Tensor], recomputed: bool) -> StepCost:
+def step_cost(
+    model: nn.Module, parameters: Mapping[str, Tensor], recomputed: bool, base_passes: int = 0
+) -> StepCost:
     """What a step of a model costs.
 
     Args:
         model: The model, adapters attached.
         parameters: What is trained, by name.
         recomputed: Whether blocks are computed again in the backward pass.
+        base_passes: Forward passes over the same tokens with no adapter and no gradient.
     """
     trained = {id(p) for p in parameters.values()}
     lowest = _lowest_trained(model, trained)
@@ -87,25 +93,37 @@ def step_cost(model: nn.Module, parameters: Mapping[str, Tensor], recomputed: bo
     }
     others = inside | of_head | looked_up
     per_token += 6.0 * sum(p.numel() for p in parameters.values() if id(p) not in others and p.dim() > 1)
+    per_token += 2.0 * base_passes * _base_numbers(model)
     labelled = 0.0
     if head is not None:
         learns = bool(of_head & trained)
-        labelled = (4.0 + 2 * learns) * head.in_features * head.out_features
+        labelled = (4.0 + 2 * learns + 2 * base_passes) * head.in_features * head.out_features
     config: Any = model.config
     num_layers, width = _attention(config.get_text_config())
-    return StepCost(per_token, labelled, (7.0 + passes) * width * num_layers)
+    return StepCost(per_token, labelled, (7.0 + passes + 2 * base_passes) * width * num_layers)
 
 
-def _matrices(model: nn.Module) -> Iterator[tuple[str, BaseLayer, float]]:
-    """The linears of the blocks, with the share of tokens that go through each."""
+def _base_numbers(model: nn.Module) -> float:
+    """Of the matrices of the blocks that a token goes through with no adapter."""
+    found = _matrices(model, base=True)
+    return sum(share * layer.in_features * layer.out_features for _, layer, share in found)
+
+
+def _matrices(model: nn.Module, base: bool = False) -> Iterator[tuple[str, BaseLayer, float]]:
+    """The linears of the blocks, with the share of tokens that go through each.
+
+    Args:
+        model: The model.
+        base: Whether adapters are off, so that a module computes and not the copy that trains.
+    """
     head = _head(model)
     experts = [path for path, module in model.named_modules() if isinstance(module, Experts)]
     for path, module in model.named_modules():
         layer = BaseLayer.of(module)
         if layer is None or layer.kind == "embedding" or (head is not None and module is head.module):
             continue
-        if path.endswith(".original") or ".copies." in path:  # its copy computes, and counts as what trains
-            continue
+        if ".copies." in path or (path.endswith(".original") and not base):
+            continue  # the copy of a module counts as what trains
         share = 1.0
         if any(path.startswith(f"{home}.") for home in experts):
             share = _active_share(model)
@@ -127,7 +145,7 @@ def _head(model: nn.Module) -> BaseLayer | None:
 
 def _head_module(model: nn.Module) -> nn.Module | None:
     find: Any = getattr(model, "get_output_embeddings", None)
-    module = find() if find else None
+    module = getattr(model, HEAD) if is_classifier(model) else find() if find else None
     return module if isinstance(module, nn.Module) else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,6 +15,9 @@ from graft.evaluate.preferences import PreferenceLoss, Tally, evaluate_preferenc
 
 class Objective(Protocol):
     """A loss that the loop minimizes, and the figures that go with it."""
+
+    base_passes: ClassVar[int]
+    """Forward passes of the base, with no adapter and no gradient, over the tokens of each batch."""
 
     def weight(self, batch: Batch) -> int:
         """How many things of equal weight a batch holds: the loss of a step is the mean over them."""
@@ -37,6 +40,8 @@ class Preferences:
     Args:
         loss: Which loss.
     """
+
+    base_passes: ClassVar[int] = 1
 
     def __init__(self, loss: PreferenceLoss) -> None:
         self._loss = loss
@@ -70,6 +75,8 @@ class Classes:
     Args:
         num_classes: How many there are.
     """
+
+    base_passes: ClassVar[int] = 0
 
     def __init__(self, num_classes: int) -> None:
         self._num_classes = num_classes

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from graft.data.config import DataConfig
-from graft.data.loader import Loader
+from graft.data.loader import Batch, Loader
 from graft.data.masking import IGNORED
 from graft.data.preferences import prepare_pairs
 from graft.data.prepare import Dataset, prepare, prepare_splits
@@ -129,12 +129,31 @@ def test_what_is_too_long(prepared: Any) -> None:
     assert cut.report.num_truncated == 1
     same = prepared(good, long, max_length=9)
     assert "the same after the cut at max_length 9" in same.report.rejected[0][1]
+    assert same.report.rejected[0][0].endswith("pairs.jsonl:2")
     dropped = prepared(good, long, max_length=12, on_overlong="drop")
     assert len(dropped.samples) == 2
     with pytest.raises(DataError, match="chosen: 13 tokens, more than max_length 12"):
         prepared(good, long, max_length=12, on_overlong="error")
     with pytest.raises(DataError, match="answer cut away"):
         prepared(long, max_length=4)
+
+
+def documents_of(batch: Batch, row: int) -> list[list[int]]:
+    """The ids of each document of a row, from the positions; the tokenizer's id of padding is 0."""
+    found: list[list[int]] = []
+    for position, token in zip(batch.position_ids[row].tolist(), batch.input_ids[row].tolist(), strict=True):
+        if position == 0:
+            found.append([])
+        found[-1].append(token)
+    return [part for part in found if any(part)]
+
+
+def test_each_pair_is_that_of_its_row(prepared: Any, tokenizer: Any) -> None:
+    rows = [{"prompt": f"p{n}: ", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(4)]
+    data = prepared(*rows)
+    wanted = [(row["prompt"], f"{row[name]}</s>") for row in rows for name in ("chosen", "rejected")]
+    assert halves(data, tokenizer) == wanted
+    assert [s.where.rpartition(":")[2] for s in data.samples] == ["1", "1", "2", "2", "3", "3", "4", "4"]
 
 
 def test_pairs_stay_together(prepared: Any) -> None:
@@ -147,6 +166,11 @@ def test_pairs_stay_together(prepared: Any) -> None:
         assert sorted(flat) == list(range(16))
         assert all(second == first + 1 for first, second in zip(flat[0::2], flat[1::2], strict=True))
         assert flat != sorted(flat)
+        for batch in batches:
+            held = [index for row in batch.sample_ids for index in row]
+            assert loader.places(batch) == [f"pairs.jsonl:{index // 2 + 1}" for index in held]
+            documents = [part for row in range(len(batch.sample_ids)) for part in documents_of(batch, row)]
+            assert documents == [samples[index].input_ids for index in held]
         if packing:
             assert all(len(row) % 2 == 0 for batch in batches for row in batch.sample_ids)
             assert max(batch.input_ids.shape[1] for batch in batches) <= 48

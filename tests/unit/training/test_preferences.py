@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -79,6 +80,20 @@ def test_stop_and_resume_give_the_same_bytes(
     resume(tmp_path / "stopped")
     for name in ("metrics.jsonl", ADAPTER):
         assert (tmp_path / "stopped" / name).read_bytes() == (straight.directory / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_the_first_step_loses_what_the_base_itself_would(
+    loss: str, packing: str, config: Callable[..., RunConfig]
+) -> None:
+    """At the base h = 0: dpo loses -log sigmoid(0) a pair, ipo (0 - 1 / (2 beta))^2."""
+    words = (f"training.loss={loss}", f"data.packing={packing}", "training.dpo_beta=0.25")
+    more = ("training.max_steps=1", "training.gradient_accumulation_steps=2", "data.max_length=16")
+    run = run_from_config(config("run", *words, *more))
+    first, last = read_lines(run.directory / "metrics.jsonl")
+    assert first["loss"] == pytest.approx(math.log(2) if loss == "dpo" else (1 / (2 * 0.25)) ** 2, rel=1e-5)
+    assert last["eval_loss"] < first["loss"]
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
