@@ -36,7 +36,7 @@ from graft.data.prepare import prepare
 from graft.models.load import load, random_model
 from graft.training.build import run_from_config
 from graft.training.config import RunConfig
-from graft.training.loop import num_steps
+from graft.training.job import num_steps
 from graft.training.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -70,7 +70,8 @@ def run_graft(directory: str, values: argparse.Namespace, rows: list[list[int]],
     from graft.runs import RunDirectory
     from graft.training.choices import adapter_to_train, trained_tensors
     from graft.training.config import TrainingConfig
-    from graft.training.loop import Job, Training
+    from graft.training.job import Job
+    from graft.training.loop import Training
     from graft.training.memory import prepared
     from graft.training.monitors import Silent
 

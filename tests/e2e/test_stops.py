@@ -60,8 +60,8 @@ STAGES = {
     "graft.training.build.read_config": "before the first step; nothing was trained",
     "graft.training.build.prepare_data": "before the first step; nothing was trained",
     "graft.training.build.RunDirectory.create": "before it was done",
-    "graft.training.build._job": "before the next step",
-    "graft.training.build.use_best": "while the result was written",
+    "graft.training.phases._job": "before the next step",
+    "graft.training.phases.use_best": "while the result was written",
     "graft.training.results.save_adapter": "while the result was written",
     "graft.training.results.write_run_report": "while the result was written",
 }
@@ -145,7 +145,7 @@ def test_resume_stopped_while_it_loads(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        stop_at("graft.training.build.use_best", patch)
+        stop_at("graft.training.phases.use_best", patch)
         assert run(words) == 3
     capsys.readouterr()
     again = ["train", "--resume", str(tmp_path / "run"), "--quiet", "--json"]

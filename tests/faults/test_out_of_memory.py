@@ -22,7 +22,8 @@ from graft.errors import TrainingError
 from graft.models.load import load
 from graft.runs import RunDirectory
 from graft.training.config import TrainingConfig
-from graft.training.loop import Job, Training
+from graft.training.job import Job
+from graft.training.loop import Training
 from graft.training.memory import prepared
 from graft.training.monitors import Silent
 

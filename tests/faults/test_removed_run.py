@@ -13,7 +13,7 @@ import pytest
 
 from graft.config import build, read_assignments
 from graft.errors import StorageError
-from graft.training import build as building
+from graft.training import phases
 from graft.training.build import resume, run_from_config
 from graft.training.config import RunConfig
 from graft.training.loop import Training
@@ -82,14 +82,14 @@ def test_a_removed_log_is_told_with_what_stands(
 def test_removed_before_the_result_is_written(
     config: Callable[[str], RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, real = tmp_path / "run", building.use_best
+    out, real = tmp_path / "run", phases.use_best
 
     def remove(*arguments: Any) -> str:
         told = real(*arguments)
         shutil.rmtree(out)
         return told
 
-    monkeypatch.setattr(building, "use_best", remove)
+    monkeypatch.setattr(phases, "use_best", remove)
     with pytest.raises(StorageError, match="left there: nothing"):
         run_from_config(config("run"))
     assert not out.exists()

@@ -18,8 +18,7 @@ from graft.adapters.attached import adapter_modules
 from graft.config import build, read_assignments
 from graft.errors import TrainingError
 from graft.models.experts import Experts
-from graft.training import build as building
-from graft.training import inputs
+from graft.training import inputs, phases
 from graft.training.build import run_from_config
 from graft.training.config import RunConfig
 from graft.training.loop import Training
@@ -291,7 +290,7 @@ def refused(
                 super().__init__(*given)
                 plant(self)
 
-        monkeypatch.setattr(building, "Training", Planted)
+        monkeypatch.setattr(phases, "Training", Planted)
         given = words(base or tiny_dir("llama"), rows, tmp_path / "run", *more)
         with pytest.raises(TrainingError) as caught:
             run_from_config(build(RunConfig, read_assignments(given)))

@@ -20,7 +20,7 @@ from graft.training.recompute import every
 from graft.training.spectra import Spectra
 
 if TYPE_CHECKING:
-    from graft.training.loop import Job
+    from graft.training.job import Job
 
 
 class Figures:

@@ -5,31 +5,27 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
-from graft.data.loader import Batch, Loader
+from graft.data.loader import Batch
 from graft.errors import StopRequested, StorageError, TrainingError
 from graft.evaluate.loss import evaluate_loss, token_losses
 from graft.models.experts import Experts
-from graft.models.recipes import Recipes
-from graft.runs import LineLog, RunDirectory
+from graft.runs import LineLog
 from graft.training.audit import FILE as AUDIT
 from graft.training.audit import RECOVERY_FILE as RECOVERY_AUDIT
 from graft.training.audit import Audit
 from graft.training.audit_findings import Subject
 from graft.training.checkpoint import Checkpoint, Position, copy_into, save_checkpoint
-from graft.training.config import TrainingConfig
 from graft.training.figures import figures_of
 from graft.training.finite import check_finite
 from graft.training.groups import treatments
-from graft.training.monitors import Monitor
-from graft.training.objectives import Objective
+from graft.training.job import Job, num_steps
 from graft.training.optim import Optimizer
 from graft.training.random_state import restore_random_state, seed_all
 from graft.training.recompute import every
@@ -38,48 +34,6 @@ from graft.training.spikes import remark
 from graft.training.splitting import FILE as SPLITS
 from graft.training.splitting import Splitter
 from graft.training.starved import check_gradients
-from graft.training.stopping import StopSignal
-
-
-@dataclass
-class Job:
-    """Everything one run needs, ready made.
-
-    Attributes:
-        model: The model, on its device, adapters attached.
-        parameters: What is trained, by name.
-        loader: Training batches.
-        eval_loader: Evaluation batches; None for no evaluation.
-        config: The training settings.
-        learning_rate: The peak, resolved.
-        run: Where logs and checkpoints go.
-        monitor: Who is told.
-        autocast: Type that matrix products run in when it is not the tensors' own; None for no autocast.
-        stop: Set by a signal.
-        save_start: Whether to save before the first step: for a start that no configuration describes.
-        settings: What a resumed run must have as this one has it, by name.
-        objective: What is learned in place of the labelled tokens; None for these.
-        first_step: Steps that an earlier phase of the run took.
-        recipes: How the backward pass gets what it needs; see `memory.prepared`.
-        scales_loss: Whether gradients are made larger on their way, for float16.
-    """
-
-    model: nn.Module
-    parameters: Mapping[str, nn.Parameter]
-    loader: Loader
-    eval_loader: Loader | None
-    config: TrainingConfig
-    learning_rate: float
-    run: RunDirectory
-    monitor: Monitor
-    autocast: torch.dtype | None = None
-    stop: StopSignal = field(default_factory=StopSignal)
-    save_start: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    objective: Objective | None = None
-    first_step: int = 0
-    recipes: Recipes = field(default_factory=Recipes)
-    scales_loss: bool = False
 
 
 class _EvaluationStopped(Exception):  # noqa: N818 - a signal between two functions of this file
@@ -403,14 +357,3 @@ class Training:
                 yield group
                 if position.step >= self.num_steps or position.stopped_early:
                     return
-
-
-def num_steps(loader: Loader, config: TrainingConfig) -> int:
-    """Optimizer steps of a whole run; a part of an epoch is rounded up to whole steps."""
-    if config.max_steps is not None:
-        return config.max_steps
-    whole, part = divmod(config.num_epochs, 1)
-    per_epoch = math.ceil(
-        loader.num_batches() / config.gradient_accumulation_steps
-    )  # the same in every epoch
-    return max(1, per_epoch * int(whole) + math.ceil(per_epoch * part))

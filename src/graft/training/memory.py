@@ -19,7 +19,7 @@ from graft.training.paging import Paging
 from graft.training.recompute import every, recomputed
 
 if TYPE_CHECKING:
-    from graft.training.loop import Job
+    from graft.training.job import Job
 
 
 def predicted_memory(job: Job, labelled: float, *, packed: bool) -> Prediction:

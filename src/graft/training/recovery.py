@@ -30,7 +30,7 @@ from graft.training.checkpoint import Checkpoint, Position, copy_into, load_chec
 from graft.training.choices import adapter_to_train
 from graft.training.config import RATES, RunConfig, TrainingConfig
 from graft.training.inputs import load_base
-from graft.training.loop import Job
+from graft.training.job import Job
 from graft.training.monitors import Monitor
 from graft.training.schedule import Schedule
 from graft.training.stopping import BestEval

@@ -23,7 +23,7 @@ from graft.runs import RunDirectory
 from graft.training.checkpoint import Position, copy_into, load_checkpoint
 from graft.training.config import RunConfig, TrainingConfig
 from graft.training.finite import check_finite
-from graft.training.loop import Job
+from graft.training.job import Job
 from graft.training.monitors import peak_memory_bytes
 from graft.training.recovery import recovery_results
 from graft.training.report import write_run_report

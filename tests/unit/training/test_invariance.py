@@ -16,7 +16,8 @@ from graft.data.samples import Sample
 from graft.models.load import load
 from graft.runs import RunDirectory, read_lines
 from graft.training.config import TrainingConfig
-from graft.training.loop import Job, Training
+from graft.training.job import Job
+from graft.training.loop import Training
 from graft.training.monitors import Silent
 
 CLOSE = 1e-6

@@ -27,7 +27,8 @@ from graft.models.load import load
 from graft.runs import RunDirectory, read_lines
 from graft.training.build import resume, run_from_config, train
 from graft.training.config import RunConfig, TrainingConfig
-from graft.training.loop import Job, Training, num_steps
+from graft.training.job import Job, num_steps
+from graft.training.loop import Training
 from graft.training.monitors import Silent
 from graft.training.schedule import warmup_steps
 

@@ -19,9 +19,8 @@ from graft.config import build, read_assignments
 from graft.errors import AdapterError, CheckpointError, ConfigError, TrainingError
 from graft.models.load import load
 from graft.runs import read_lines
-from graft.training import build as building
-from graft.training import loop
-from graft.training.build import resume, run_from_config
+from graft.training import loop, phases
+from graft.training.build import resume, run_from_config, train
 from graft.training.config import RunConfig, TrainingConfig
 from graft.training.loop import Training
 from graft.training.random_state import random_state, restore_random_state, seed_all
@@ -240,14 +239,14 @@ def test_a_result_poisoned_after_the_last_step_is_not_written(
     more: tuple[str, ...], config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = config("run", *more)
-    out, real = Path(made.output), building.use_best
+    out, real = Path(made.output), phases.use_best
 
     def poisoned(job: Any, *rest: Any) -> str:
         next(iter(job.parameters.values())).data.view(-1)[0] = math.nan
         return real(job, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(building, "use_best", poisoned)
+        patch.setattr(phases, "use_best", poisoned)
         with pytest.raises((AdapterError, TrainingError), match="NaN|not finite|infinite"):
             run_from_config(made)
     assert not (out / "adapter").exists()
@@ -261,15 +260,15 @@ def test_a_model_beyond_float16_is_not_written_in_it(
     config: Callable[..., RunConfig], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = load(config("run").model.name, dtype="float16")
-    real = building.use_best
+    real = phases.use_best
 
     def enlarged(job: Any, *rest: Any) -> str:
         next(iter(job.parameters.values())).data.view(-1)[0] = 1e5
         return real(job, *rest)
 
-    monkeypatch.setattr(building, "use_best", enlarged)
+    monkeypatch.setattr(phases, "use_best", enlarged)
     with pytest.raises(TrainingError, match="NaN or infinite"):
-        building.train(base, data=rows, output=tmp_path / "run", max_steps=2, learning_rate=1e-4)
+        train(base, data=rows, output=tmp_path / "run", max_steps=2, learning_rate=1e-4)
     assert not (tmp_path / "run" / "model").exists()
 
 

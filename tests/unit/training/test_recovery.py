@@ -26,7 +26,7 @@ from graft.models.load import load
 from graft.models.quantize import quantize
 from graft.quant.linear import quantized_modules
 from graft.runs import read_lines
-from graft.training import build as building
+from graft.training import phases
 from graft.training.build import resume, run_from_config
 from graft.training.config import RunConfig, TrainingConfig
 from graft.training.loop import Training
@@ -149,7 +149,7 @@ def test_a_kill_between_the_phases(
         pass
 
     name = "begin_recovery" if where == "after" else where
-    real = getattr(building, name)
+    real = getattr(phases, name)
 
     def dies(*args: Any) -> Any:
         if where == "after":
@@ -157,7 +157,7 @@ def test_a_kill_between_the_phases(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(building, name, dies)
+        patch.setattr(phases, name, dies)
         with pytest.raises(Killed):
             run_from_config(config("killed"))
     torch.manual_seed(999)
@@ -225,12 +225,12 @@ def test_files_that_changed_meanwhile_are_refused(
 ) -> None:
     shutil.copytree(tiny_dir("llama"), tmp_path / "base")
     other = tiny_dir("llama", initializer_range=0.1)
-    real = building.measured
+    real = phases.measured
 
     def swapping(job: Any) -> Any:
         shutil.copy(other / "model.safetensors", tmp_path / "base" / "model.safetensors")
         return real(job)
 
-    monkeypatch.setattr(building, "measured", swapping)
+    monkeypatch.setattr(phases, "measured", swapping)
     with pytest.raises(TrainingError, match=r"the weights of .* are"):
         run_from_config(config("run", f"model.name={tmp_path / 'base'}"))

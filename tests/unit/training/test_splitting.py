@@ -23,7 +23,8 @@ from graft.runs import RunDirectory, read_lines
 from graft.training import loop
 from graft.training.build import resume, run_from_config
 from graft.training.config import RunConfig, TrainingConfig
-from graft.training.loop import Job, Training
+from graft.training.job import Job
+from graft.training.loop import Training
 from graft.training.monitors import Silent
 from graft.training.splitting import is_out_of_memory, pieces
 

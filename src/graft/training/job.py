@@ -1,0 +1,71 @@
+"""What the training loop is given: everything a run needs, ready made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from graft.data.loader import Loader
+from graft.models.recipes import Recipes
+from graft.runs import RunDirectory
+from graft.training.config import TrainingConfig
+from graft.training.monitors import Monitor
+from graft.training.objectives import Objective
+from graft.training.stopping import StopSignal
+
+
+@dataclass
+class Job:
+    """Everything one run needs, ready made.
+
+    Attributes:
+        model: The model, on its device, adapters attached.
+        parameters: What is trained, by name.
+        loader: Training batches.
+        eval_loader: Evaluation batches; None for no evaluation.
+        config: The training settings.
+        learning_rate: The peak, resolved.
+        run: Where logs and checkpoints go.
+        monitor: Who is told.
+        autocast: Type that matrix products run in when it is not the tensors' own; None for no autocast.
+        stop: Set by a signal.
+        save_start: Whether to save before the first step: for a start that no configuration describes.
+        settings: What a resumed run must have as this one has it, by name.
+        objective: What is learned in place of the labelled tokens; None for these.
+        first_step: Steps that an earlier phase of the run took.
+        recipes: How the backward pass gets what it needs; see `memory.prepared`.
+        scales_loss: Whether gradients are made larger on their way, for float16.
+    """
+
+    model: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    loader: Loader
+    eval_loader: Loader | None
+    config: TrainingConfig
+    learning_rate: float
+    run: RunDirectory
+    monitor: Monitor
+    autocast: torch.dtype | None = None
+    stop: StopSignal = field(default_factory=StopSignal)
+    save_start: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    objective: Objective | None = None
+    first_step: int = 0
+    recipes: Recipes = field(default_factory=Recipes)
+    scales_loss: bool = False
+
+
+def num_steps(loader: Loader, config: TrainingConfig) -> int:
+    """Optimizer steps of a whole run; a part of an epoch is rounded up to whole steps."""
+    if config.max_steps is not None:
+        return config.max_steps
+    whole, part = divmod(config.num_epochs, 1)
+    per_epoch = math.ceil(
+        loader.num_batches() / config.gradient_accumulation_steps
+    )  # the same in every epoch
+    return max(1, per_epoch * int(whole) + math.ceil(per_epoch * part))
