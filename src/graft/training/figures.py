@@ -127,6 +127,7 @@ def figures_of(job: Job, treated: Mapping[str, Treatment], num_steps: int) -> Fi
             job.parameters,
             bool(every(job.config.gradient_checkpointing)),
             job.objective.base_passes if job.objective else 0,
+            tiled=job.config.mlp_tile is not None,
         ),
         rate,
         Spectra(model, adapter, job.config.spectrum_steps, num_steps),

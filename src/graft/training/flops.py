@@ -16,6 +16,7 @@ from graft.data.loader import Batch
 from graft.models.classifier import HEAD, is_classifier
 from graft.models.experts import Experts
 from graft.models.layers import BaseLayer
+from graft.models.lean import GATED
 
 MEASURE_SECONDS = 0.03
 """How long products are tried."""
@@ -62,7 +63,12 @@ class StepCost:
 
 
 def step_cost(
-    model: nn.Module, parameters: Mapping[str, Tensor], recomputed: bool, base_passes: int = 0
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    recomputed: bool,
+    base_passes: int = 0,
+    *,
+    tiled: bool = False,
 ) -> StepCost:
     """What a step of a model costs.
 
@@ -71,6 +77,7 @@ def step_cost(
         parameters: What is trained, by name.
         recomputed: Whether blocks are computed again in the backward pass.
         base_passes: Forward passes over the same tokens with no adapter and no gradient.
+        tiled: Whether MLPs work in tiles, which are computed again in any case.
     """
     trained = {id(p) for p in parameters.values()}
     lowest = _lowest_trained(model, trained)
@@ -81,7 +88,8 @@ def step_cost(
         inside |= {id(p) for p in layer.module.parameters()}
         learns = any(id(p) in trained for p in layer.module.parameters())
         above = (block_number(path) or 0) >= lowest
-        per_token += share * layer.in_features * layer.out_features * (2 + 2 * above + 2 * learns + passes)
+        again = 2 * (recomputed or (tiled and not GATED.isdisjoint(path.split("."))))
+        per_token += share * layer.in_features * layer.out_features * (2 + 2 * above + 2 * learns + again)
     head, head_module = _head(model), _head_module(model)
     of_head = (
         {id(p) for p in head_module.parameters()}

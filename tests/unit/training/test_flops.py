@@ -145,3 +145,15 @@ def test_a_run_counts_what_it_learns(tiny_dir: Callable[..., Path], tmp_path: Pa
         wanted = tokens * (4 * BLOCKS + 7 * 6 * D * LAYERS + 6 * FACTORS) + 4 * 6 * D * 2
     assert line["num_tokens"] == tokens
     assert line["flops_per_second"] * line["seconds"] == pytest.approx(wanted)
+
+
+def test_mlps_in_tiles_are_computed_once_more_and_not_twice(tiny_dir: Callable[..., Path]) -> None:
+    model, parameters = adapted(tiny_dir("llama"))
+    batch = only_batch(pairs(5, 6, 7, 2), "pair", packing=False)
+
+    def cost(recomputed: bool, tiled: bool) -> float:
+        return step_cost(model, parameters, recomputed, tiled=tiled).of([batch])
+
+    mlps = LAYERS * 3 * D * FF
+    assert cost(False, True) - cost(False, False) == pytest.approx(2 * mlps * batch.num_tokens)
+    assert cost(True, True) == cost(True, False)
