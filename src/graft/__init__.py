@@ -13,6 +13,7 @@ _HOMES = {
     "Adapter": "graft.adapters.attached",
     "BaseModel": "graft.models.load",
     "DataConfig": "graft.data.config",
+    "DoraConfig": "graft.adapters.dora",
     "GenerationConfig": "graft.evaluate.generate",
     "GraftError": "graft.errors",
     "LoraConfig": "graft.adapters.lora",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from graft.adapters.base import METHODS, check_adapter_method
+from graft.adapters.dora import DoraConfig
 from graft.adapters.lora import LoraConfig, LoraMethod
 from graft.adapters.lora_layer import LoraLinear
 
@@ -15,6 +16,8 @@ CASES: dict[str, tuple[str, Any]] = {
     "lora": ("lora", LoraConfig()),
     "lora-gaussian-rs": ("lora", LoraConfig(rank=3, alpha=5, init="gaussian", use_rslora=True, dropout=0.3)),
     "lora-rank-above-width": ("lora", LoraConfig(rank=40)),
+    "dora": ("dora", DoraConfig()),
+    "dora-rs-patterns": ("dora", DoraConfig(rank=3, use_rslora=True, dropout=0.3, rank_pattern=("layer=5",))),
 }
 
 
