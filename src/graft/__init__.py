@@ -17,6 +17,7 @@ _HOMES = {
     "GenerationConfig": "graft.evaluate.generate",
     "GraftError": "graft.errors",
     "LoraConfig": "graft.adapters.lora",
+    "LoraFaConfig": "graft.adapters.lora_fa",
     "QuantizationConfig": "graft.quant.config",
     "Run": "graft.training.build",
     "RunConfig": "graft.training.config",

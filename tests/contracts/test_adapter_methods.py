@@ -10,6 +10,7 @@ import torch
 from graft.adapters.base import METHODS, check_adapter_method
 from graft.adapters.dora import DoraConfig
 from graft.adapters.lora import LoraConfig, LoraMethod
+from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.lora_layer import LoraLinear
 
 CASES: dict[str, tuple[str, Any]] = {
@@ -18,6 +19,8 @@ CASES: dict[str, tuple[str, Any]] = {
     "lora-rank-above-width": ("lora", LoraConfig(rank=40)),
     "dora": ("dora", DoraConfig()),
     "dora-rs-patterns": ("dora", DoraConfig(rank=3, use_rslora=True, dropout=0.3, rank_pattern=("layer=5",))),
+    "lora_fa": ("lora_fa", LoraFaConfig()),
+    "lora_fa-gaussian-dropout": ("lora_fa", LoraFaConfig(rank=3, init="gaussian", dropout=0.3)),
 }
 
 

@@ -21,6 +21,7 @@ from graft.adapters.base import METHODS, check_adapter_method, frozen_tensors, k
 from graft.adapters.dora import DoraConfig
 from graft.adapters.fold import merge_into
 from graft.adapters.lora import LoraConfig
+from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.peft_format import load_adapter, save_adapter
 from graft.adapters.targets import base_layers
 from graft.errors import AdapterError, TargetError
@@ -89,6 +90,7 @@ def low_rank(kind: type) -> Callable[[str], Any]:
 CONFIGS: dict[str, Callable[[str], Any]] = {
     "lora": low_rank(LoraConfig),
     "dora": low_rank(DoraConfig),
+    "lora_fa": low_rank(LoraFaConfig),
     "shift": lambda family: ShiftConfig(target_modules=NAMES[family]),
 }
 
@@ -98,6 +100,7 @@ SIZES = {"llama": ((16, 32), (16, 32), (32, 64)), "gpt2": ((96, 32), (32, 128))}
 COUNTS: dict[str, Callable[[int, int, bool], int]] = {
     "lora": lambda out, into, last: 4 * (out + into),
     "dora": lambda out, into, last: 4 * (out + into) + out,
+    "lora_fa": lambda out, into, last: 4 * out,
     "shift": lambda out, into, last: into,
 }
 """Numbers that train for a layer (out, in); `last` for the last of NAMES."""

@@ -15,6 +15,7 @@ import graft.models.load as models
 from graft.adapters.attach import adapter_tensors, attach, disabled
 from graft.adapters.attached import fixed_tensors, trained_tensors
 from graft.adapters.dora import DoraConfig
+from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.peft_format import load_adapter, save_adapter
 from graft.errors import AdapterError
 
@@ -92,6 +93,11 @@ CASES: dict[str, Case] = {
         "LoraConfig",
         lambda family: {"r": 4, "use_dora": True, "target_modules": [embedding(family), "lm_head"]},
         ("llama", "gemma3_text"),
+    ),
+    "lora_fa": Case(
+        lambda family: LoraFaConfig(rank=4, alpha=12, target_modules=tuple(LINEARS[family])),
+        "LoraConfig",
+        lambda family: {"r": 4, "lora_alpha": 12, "target_modules": LINEARS[family]},
     ),
 }  # fmt: skip
 

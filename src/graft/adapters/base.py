@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from graft.adapters.dora import DoraMethod
 from graft.adapters.lora import LoraMethod
+from graft.adapters.lora_fa import LoraFaMethod
 from graft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -107,7 +108,9 @@ class AdapterMethod(Protocol):
         """
 
 
-METHODS: dict[str, AdapterMethod] = {method.name: method for method in (LoraMethod(), DoraMethod())}
+METHODS: dict[str, AdapterMethod] = {
+    method.name: method for method in (LoraMethod(), DoraMethod(), LoraFaMethod())
+}
 """The methods by name; one of your own joins them with `METHODS[method.name] = method`."""
 
 

@@ -137,6 +137,7 @@ def _lora(method: str, claims: Callable[[Mapping[str, Any]], bool], **refused: A
 DIALECTS: tuple[Dialect, ...] = (
     _lora("lora", lambda raw: not raw.get("use_dora")),
     _lora("dora", lambda raw: bool(raw.get("use_dora")), target_parameters=None),
+    _lora("lora_fa", lambda raw: False, use_dora=False, target_parameters=None),
 )
 """Of the methods that PEFT has too. Of several that fit a file, the first one or what graft.json says."""
 
