@@ -22,6 +22,7 @@ _HOMES = {
     "Run": "graft.training.build",
     "RunConfig": "graft.training.config",
     "TrainingConfig": "graft.training.config",
+    "VeraConfig": "graft.adapters.vera",
     "adapters_of": "graft.adapters.attached",
     "as_classifier": "graft.models.classifier",
     "attach": "graft.adapters.attach",

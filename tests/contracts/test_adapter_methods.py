@@ -12,6 +12,7 @@ from graft.adapters.dora import DoraConfig
 from graft.adapters.lora import LoraConfig, LoraMethod
 from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.lora_layer import LoraLinear
+from graft.adapters.vera import VeraConfig
 
 CASES: dict[str, tuple[str, Any]] = {
     "lora": ("lora", LoraConfig()),
@@ -21,6 +22,8 @@ CASES: dict[str, tuple[str, Any]] = {
     "dora-rs-patterns": ("dora", DoraConfig(rank=3, use_rslora=True, dropout=0.3, rank_pattern=("layer=5",))),
     "lora_fa": ("lora_fa", LoraFaConfig()),
     "lora_fa-gaussian-dropout": ("lora_fa", LoraFaConfig(rank=3, init="gaussian", dropout=0.3)),
+    "vera": ("vera", VeraConfig(rank=16)),
+    "vera-small": ("vera", VeraConfig(rank=5, d_initial=1.0, projection_seed=7)),
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import graft.models.load as models
-from graft.adapters.attach import adapters_of, attach, detach, disabled, set_active
+from graft.adapters.attach import adapter_tensors, adapters_of, attach, detach, disabled, set_active
 from graft.adapters.attached import fixed_tensors, trained_tensors
 from graft.adapters.base import METHODS, check_adapter_method, frozen_tensors, kinds_of
 from graft.adapters.dora import DoraConfig
@@ -24,6 +24,7 @@ from graft.adapters.lora import LoraConfig
 from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.peft_format import load_adapter, save_adapter
 from graft.adapters.targets import base_layers
+from graft.adapters.vera import VeraConfig
 from graft.errors import AdapterError, TargetError
 from graft.models.layers import BaseLayer
 
@@ -91,6 +92,7 @@ CONFIGS: dict[str, Callable[[str], Any]] = {
     "lora": low_rank(LoraConfig),
     "dora": low_rank(DoraConfig),
     "lora_fa": low_rank(LoraFaConfig),
+    "vera": lambda family: VeraConfig(rank=12, target_modules=NAMES[family]),
     "shift": lambda family: ShiftConfig(target_modules=NAMES[family]),
 }
 
@@ -101,6 +103,7 @@ COUNTS: dict[str, Callable[[int, int, bool], int]] = {
     "lora": lambda out, into, last: 4 * (out + into),
     "dora": lambda out, into, last: 4 * (out + into) + out,
     "lora_fa": lambda out, into, last: 4 * out,
+    "vera": lambda out, into, last: out + 12,
     "shift": lambda out, into, last: into,
 }
 """Numbers that train for a layer (out, in); `last` for the last of NAMES."""
@@ -340,3 +343,35 @@ def test_layers_that_a_method_does_not_adapt_are_refused(tiny_dir: Callable[...,
     with pytest.raises(TargetError, match="embed_tokens"):
         attach(model, config)
     assert adapters_of(model) == {}
+
+
+def test_frozen_first_factors_keep_no_input(tiny_dir: Callable[..., Path]) -> None:
+    """LoRA-FA and VeRA keep A x of each token, LoRA the whole input."""
+    kept: dict[str, set[tuple[int, ...]]] = {}
+    for name in ("lora", "lora_fa", "vera"):
+        model = made(tiny_dir("llama"), name)
+        layer: Any = model.get_submodule("model.layers.0.mlp.down_proj")
+        shapes = kept[name] = set()
+
+        def pack(t: Tensor, shapes: set[tuple[int, ...]] = shapes) -> Tensor:
+            shapes.add(tuple(t.shape))
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            layer(torch.randn(7, 64, requires_grad=True))
+    assert (7, 64) in kept["lora"]
+    assert (7, 64) not in kept["lora_fa"] | kept["vera"]
+    assert (7, 4) in kept["lora_fa"]
+    assert (7, 12) in kept["vera"]
+
+
+def test_one_projection_serves_all_layers_of_an_adapter(tiny_dir: Callable[..., Path]) -> None:
+    import copy
+
+    model = copy.deepcopy(made(tiny_dir("llama"), "vera"))
+    layers = [m for m in model.modules() if type(m).__name__ == "VeraLayer"]
+    assert len({id(layer.shared) for layer in layers}) == 1
+    assert layers[0].shared.vera_A.shape == (12, 64)
+    assert layers[0].shared.vera_B.shape == (32, 12)
+    assert not any("vera_A" in key for key in nn.Module.state_dict(model))
+    assert len(adapter_tensors(model)) == 2 * len(layers)

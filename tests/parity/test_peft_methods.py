@@ -17,6 +17,7 @@ from graft.adapters.attached import fixed_tensors, trained_tensors
 from graft.adapters.dora import DoraConfig
 from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.peft_format import load_adapter, save_adapter
+from graft.adapters.vera import VeraConfig
 from graft.errors import AdapterError
 
 pytestmark = [
@@ -98,6 +99,11 @@ CASES: dict[str, Case] = {
         lambda family: LoraFaConfig(rank=4, alpha=12, target_modules=tuple(LINEARS[family])),
         "LoraConfig",
         lambda family: {"r": 4, "lora_alpha": 12, "target_modules": LINEARS[family]},
+    ),
+    "vera": Case(
+        lambda family: VeraConfig(rank=16, target_modules=tuple(LINEARS[family]), projection_seed=5),
+        "VeraConfig",
+        lambda family: {"r": 16, "target_modules": LINEARS[family], "projection_prng_key": 5},
     ),
 }  # fmt: skip
 
@@ -212,6 +218,7 @@ REFUSED = [
     ("dora", "lora_bias", True),
     ("dora", "bias", "all"),
     ("dora", "init_lora_weights", "pissa"),
+    ("vera", "bias", "vera_only"),
 ]
 
 
@@ -224,3 +231,39 @@ def test_options_that_we_do_not_compute_are_refused_by_name(
     with pytest.raises(AdapterError, match=option) as caught:
         load_adapter(models.load(directory).model, out)
     assert option in caught.value.where
+
+
+def test_a_projection_that_is_not_in_the_file_is_drawn_as_peft_draws_it(
+    tiny_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    from peft import VeraConfig as Theirs
+    from peft import get_peft_model
+
+    directory = tiny_dir("llama")
+    how = {"r": 24, "projection_prng_key": 11, "save_projection": False, "target_modules": "all-linear"}
+    theirs = get_peft_model(plain(directory), Theirs(task_type="CAUSAL_LM", **how)).eval()
+    shake(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path / "a")
+    assert not any("vera_A" in key for key in load_file(tmp_path / "a" / "adapter_model.safetensors"))
+    base = models.load(directory)
+    load_adapter(base.model, tmp_path / "a")
+    fixed = fixed_tensors(base.model)
+    assert torch.equal(fixed["vera_A"], theirs.base_model.vera_A["default"])
+    assert torch.equal(fixed["vera_B"], theirs.base_model.vera_B["default"])
+    torch.testing.assert_close(logits(base.model), logits(theirs), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_projection_in_the_file_wins_over_the_seed(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
+    directory = tiny_dir("llama")
+    base = models.load(directory)
+    attach(base.model, CASES["vera"].ours("llama"))
+    with torch.no_grad():
+        for tensor in fixed_tensors(base.model).values():
+            tensor.mul_(-1.5)
+    shake(trained_tensors(base.model).values())
+    save_adapter(base.model, tmp_path / "a")
+    again = models.load(directory)
+    load_adapter(again.model, tmp_path / "a")
+    assert torch.equal(logits(again.model), logits(base.model))
+    other = logits(theirs_over(directory, tmp_path / "a"))
+    torch.testing.assert_close(logits(base.model), other, atol=TOLERANCE, rtol=TOLERANCE)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from graft.adapters.dora import DoraMethod
 from graft.adapters.lora import LoraMethod
 from graft.adapters.lora_fa import LoraFaMethod
+from graft.adapters.vera import VeraMethod
 from graft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class AdapterMethod(Protocol):
 
 
 METHODS: dict[str, AdapterMethod] = {
-    method.name: method for method in (LoraMethod(), DoraMethod(), LoraFaMethod())
+    method.name: method for method in (LoraMethod(), DoraMethod(), LoraFaMethod(), VeraMethod())
 }
 """The methods by name; one of your own joins them with `METHODS[method.name] = method`."""
 

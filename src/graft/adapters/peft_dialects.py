@@ -134,10 +134,46 @@ def _lora(method: str, claims: Callable[[Mapping[str, Any]], bool], **refused: A
     )  # fmt: skip
 
 
+def _read_vera(file: Field) -> dict[str, Any]:
+    return {
+        "rank": file.read("r", whole, 256),
+        "dropout": file.read("vera_dropout", number, 0.0),
+        "d_initial": file.read("d_initial", number, 0.1),
+        "projection_seed": file.read("projection_prng_key", whole, 0),
+    }
+
+
+def _write_vera(config: Any, layers: Mapping[str, Any], targets: list[str]) -> dict[str, Any]:
+    return {
+        "r": config.rank,
+        "projection_prng_key": config.projection_seed,
+        "save_projection": True,
+        "vera_dropout": config.dropout,
+        "d_initial": config.d_initial,
+        "bias": "none",
+        "init_weights": True,
+    }
+
+
+_VERA = Dialect(
+    method="vera",
+    peft_type="VERA",
+    read=_read_vera,
+    write=_write_vera,
+    leaf="vera_lambda_",
+    honoured=frozenset({"r", "vera_dropout", "d_initial", "projection_prng_key", "save_projection"}),
+    refused={"bias": "none"},
+    idle=frozenset({"fan_in_fan_out", "init_weights"}),
+    names={"rank": "r", "dropout": "vera_dropout", "projection_seed": "projection_prng_key"},
+    lacks=frozenset({"exclude_modules"}),
+)
+
+
 DIALECTS: tuple[Dialect, ...] = (
     _lora("lora", lambda raw: not raw.get("use_dora")),
     _lora("dora", lambda raw: bool(raw.get("use_dora")), target_parameters=None),
     _lora("lora_fa", lambda raw: False, use_dora=False, target_parameters=None),
+    _VERA,
 )
 """Of the methods that PEFT has too. Of several that fit a file, the first one or what graft.json says."""
 
