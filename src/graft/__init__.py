@@ -16,6 +16,7 @@ _HOMES = {
     "DoraConfig": "graft.adapters.dora",
     "GenerationConfig": "graft.evaluate.generate",
     "GraftError": "graft.errors",
+    "Ia3Config": "graft.adapters.ia3",
     "LoraConfig": "graft.adapters.lora",
     "LoraFaConfig": "graft.adapters.lora_fa",
     "QuantizationConfig": "graft.quant.config",

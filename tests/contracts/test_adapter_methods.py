@@ -9,6 +9,7 @@ import torch
 
 from graft.adapters.base import METHODS, check_adapter_method
 from graft.adapters.dora import DoraConfig
+from graft.adapters.ia3 import Ia3Config
 from graft.adapters.lora import LoraConfig, LoraMethod
 from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.lora_layer import LoraLinear
@@ -24,6 +25,8 @@ CASES: dict[str, tuple[str, Any]] = {
     "lora_fa-gaussian-dropout": ("lora_fa", LoraFaConfig(rank=3, init="gaussian", dropout=0.3)),
     "vera": ("vera", VeraConfig(rank=16)),
     "vera-small": ("vera", VeraConfig(rank=5, d_initial=1.0, projection_seed=7)),
+    "ia3": ("ia3", Ia3Config()),
+    "ia3-feedforward": ("ia3", Ia3Config(target_modules=("layer",), feedforward_modules=("layer",))),
 }
 
 

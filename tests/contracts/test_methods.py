@@ -20,6 +20,7 @@ from graft.adapters.attached import fixed_tensors, trained_tensors
 from graft.adapters.base import METHODS, check_adapter_method, frozen_tensors, kinds_of
 from graft.adapters.dora import DoraConfig
 from graft.adapters.fold import merge_into
+from graft.adapters.ia3 import Ia3Config
 from graft.adapters.lora import LoraConfig
 from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.peft_format import load_adapter, save_adapter
@@ -93,6 +94,7 @@ CONFIGS: dict[str, Callable[[str], Any]] = {
     "dora": low_rank(DoraConfig),
     "lora_fa": low_rank(LoraFaConfig),
     "vera": lambda family: VeraConfig(rank=12, target_modules=NAMES[family]),
+    "ia3": lambda family: Ia3Config(target_modules=NAMES[family], feedforward_modules=NAMES[family][-1:]),
     "shift": lambda family: ShiftConfig(target_modules=NAMES[family]),
 }
 
@@ -104,6 +106,7 @@ COUNTS: dict[str, Callable[[int, int, bool], int]] = {
     "dora": lambda out, into, last: 4 * (out + into) + out,
     "lora_fa": lambda out, into, last: 4 * out,
     "vera": lambda out, into, last: out + 12,
+    "ia3": lambda out, into, last: into if last else out,
     "shift": lambda out, into, last: into,
 }
 """Numbers that train for a layer (out, in); `last` for the last of NAMES."""

@@ -15,6 +15,7 @@ import graft.models.load as models
 from graft.adapters.attach import adapter_tensors, attach, disabled
 from graft.adapters.attached import fixed_tensors, trained_tensors
 from graft.adapters.dora import DoraConfig
+from graft.adapters.ia3 import Ia3Config
 from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.peft_format import load_adapter, save_adapter
 from graft.adapters.vera import VeraConfig
@@ -104,6 +105,26 @@ CASES: dict[str, Case] = {
         lambda family: VeraConfig(rank=16, target_modules=tuple(LINEARS[family]), projection_seed=5),
         "VeraConfig",
         lambda family: {"r": 16, "target_modules": LINEARS[family], "projection_prng_key": 5},
+    ),
+    "ia3": Case(
+        lambda family: Ia3Config(
+            target_modules=tuple(LINEARS[family]), feedforward_modules=(LINEARS[family][-1],)
+        ),
+        "IA3Config",
+        lambda family: {"target_modules": LINEARS[family], "feedforward_modules": [LINEARS[family][-1]]},
+    ),
+    "ia3-some-blocks": Case(
+        lambda family: Ia3Config(
+            target_modules=("q_proj", "down_proj"),
+            feedforward_modules=("layers.0.mlp.down_proj",),
+            exclude_modules=("layers.0.self_attn.q_proj",),
+        ),
+        "IA3Config",
+        lambda family: {
+            "target_modules": ["layers.1.self_attn.q_proj", "layers.0.mlp.down_proj", "1.mlp.down_proj"],
+            "feedforward_modules": ["layers.0.mlp.down_proj"],
+        },
+        ("llama",),
     ),
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ import reprlib
 from typing import TYPE_CHECKING, Any, Protocol
 
 from graft.adapters.dora import DoraMethod
+from graft.adapters.ia3 import Ia3Method
 from graft.adapters.lora import LoraMethod
 from graft.adapters.lora_fa import LoraFaMethod
 from graft.adapters.vera import VeraMethod
@@ -110,7 +111,7 @@ class AdapterMethod(Protocol):
 
 
 METHODS: dict[str, AdapterMethod] = {
-    method.name: method for method in (LoraMethod(), DoraMethod(), LoraFaMethod(), VeraMethod())
+    method.name: method for method in (LoraMethod(), DoraMethod(), LoraFaMethod(), VeraMethod(), Ia3Method())
 }
 """The methods by name; one of your own joins them with `METHODS[method.name] = method`."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from graft.adapters.base import METHODS, AdapterMethod
-from graft.adapters.peft_fields import Field, flag, number, pattern, plain, shown, whole
+from graft.adapters.peft_fields import Field, flag, names, number, pattern, plain, shown, whole
 from graft.config import did_you_mean, from_dict, to_dict
 from graft.errors import AdapterError
 
@@ -169,11 +169,40 @@ _VERA = Dialect(
 )
 
 
+def _read_ia3(file: Field) -> dict[str, Any]:
+    return {"feedforward_modules": file.read("feedforward_modules", names, ())}
+
+
+def _write_ia3(config: Any, layers: Mapping[str, Any], targets: list[str]) -> dict[str, Any]:
+    """PEFT compares endings as text, and wants each name among the targets: else both are full paths."""
+    inner = [path for path, one in layers.items() if one.feedforward]
+    short = sorted({path.rpartition(".")[2] for path in inner})
+    written: dict[str, Any] = {"feedforward_modules": short, "init_ia3_weights": True}
+    unlike = any(path.endswith(tuple(short)) for path in layers if path not in inner)
+    if unlike or not set(short) <= set(targets):
+        written |= {"target_modules": sorted(layers), "feedforward_modules": sorted(inner)}
+    return written
+
+
+_IA3 = Dialect(
+    method="ia3",
+    peft_type="IA3",
+    read=_read_ia3,
+    write=_write_ia3,
+    leaf="ia3_l",
+    honoured=frozenset({"feedforward_modules"}),
+    refused={},
+    idle=frozenset({"fan_in_fan_out", "init_ia3_weights"}),
+    lacks=frozenset({"layers_to_transform", "layers_pattern"}),
+)
+
+
 DIALECTS: tuple[Dialect, ...] = (
     _lora("lora", lambda raw: not raw.get("use_dora")),
     _lora("dora", lambda raw: bool(raw.get("use_dora")), target_parameters=None),
     _lora("lora_fa", lambda raw: False, use_dora=False, target_parameters=None),
     _VERA,
+    _IA3,
 )
 """Of the methods that PEFT has too. Of several that fit a file, the first one or what graft.json says."""
 
