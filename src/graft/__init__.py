@@ -17,6 +17,7 @@ _HOMES = {
     "GenerationConfig": "graft.evaluate.generate",
     "GraftError": "graft.errors",
     "Ia3Config": "graft.adapters.ia3",
+    "LohaConfig": "graft.adapters.loha",
     "LoraConfig": "graft.adapters.lora",
     "LoraFaConfig": "graft.adapters.lora_fa",
     "QuantizationConfig": "graft.quant.config",

@@ -10,6 +10,7 @@ import torch
 from graft.adapters.base import METHODS, check_adapter_method
 from graft.adapters.dora import DoraConfig
 from graft.adapters.ia3 import Ia3Config
+from graft.adapters.loha import LohaConfig
 from graft.adapters.lora import LoraConfig, LoraMethod
 from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.lora_layer import LoraLinear
@@ -26,6 +27,8 @@ CASES: dict[str, tuple[str, Any]] = {
     "vera": ("vera", VeraConfig(rank=16)),
     "vera-small": ("vera", VeraConfig(rank=5, d_initial=1.0, projection_seed=7)),
     "ia3": ("ia3", Ia3Config()),
+    "loha": ("loha", LohaConfig(rank=2)),
+    "loha-dense": ("loha", LohaConfig(rank=5, alpha=2)),
     "ia3-feedforward": ("ia3", Ia3Config(target_modules=("layer",), feedforward_modules=("layer",))),
 }
 

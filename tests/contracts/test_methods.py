@@ -21,6 +21,7 @@ from graft.adapters.base import METHODS, check_adapter_method, frozen_tensors, k
 from graft.adapters.dora import DoraConfig
 from graft.adapters.fold import merge_into
 from graft.adapters.ia3 import Ia3Config
+from graft.adapters.loha import LohaConfig
 from graft.adapters.lora import LoraConfig
 from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.peft_format import load_adapter, save_adapter
@@ -95,6 +96,7 @@ CONFIGS: dict[str, Callable[[str], Any]] = {
     "lora_fa": low_rank(LoraFaConfig),
     "vera": lambda family: VeraConfig(rank=12, target_modules=NAMES[family]),
     "ia3": lambda family: Ia3Config(target_modules=NAMES[family], feedforward_modules=NAMES[family][-1:]),
+    "loha": lambda family: LohaConfig(rank=3, target_modules=NAMES[family]),
     "shift": lambda family: ShiftConfig(target_modules=NAMES[family]),
 }
 
@@ -107,6 +109,7 @@ COUNTS: dict[str, Callable[[int, int, bool], int]] = {
     "lora_fa": lambda out, into, last: 4 * out,
     "vera": lambda out, into, last: out + 12,
     "ia3": lambda out, into, last: into if last else out,
+    "loha": lambda out, into, last: 2 * 3 * (out + into),
     "shift": lambda out, into, last: into,
 }
 """Numbers that train for a layer (out, in); `last` for the last of NAMES."""

@@ -16,6 +16,7 @@ from graft.adapters.attach import adapter_tensors, attach, disabled
 from graft.adapters.attached import fixed_tensors, trained_tensors
 from graft.adapters.dora import DoraConfig
 from graft.adapters.ia3 import Ia3Config
+from graft.adapters.loha import LohaConfig
 from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.peft_format import load_adapter, save_adapter
 from graft.adapters.vera import VeraConfig
@@ -124,6 +125,18 @@ CASES: dict[str, Case] = {
             "target_modules": ["layers.1.self_attn.q_proj", "layers.0.mlp.down_proj", "1.mlp.down_proj"],
             "feedforward_modules": ["layers.0.mlp.down_proj"],
         },
+        ("llama",),
+    ),
+    "loha": Case(
+        lambda family: LohaConfig(rank=3, alpha=5, target_modules=tuple(LINEARS[family])),
+        "LoHaConfig",
+        lambda family: {"r": 3, "alpha": 5, "target_modules": LINEARS[family]},
+        ("llama", "qwen2"),
+    ),
+    "loha-large": Case(
+        lambda family: LohaConfig(rank=12, alpha=5, target_modules=tuple(LINEARS[family])),
+        "LoHaConfig",
+        lambda family: {"r": 12, "alpha": 5, "target_modules": LINEARS[family]},
         ("llama",),
     ),
 }  # fmt: skip

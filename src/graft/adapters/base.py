@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from graft.adapters.dora import DoraMethod
 from graft.adapters.ia3 import Ia3Method
+from graft.adapters.loha import LohaMethod
 from graft.adapters.lora import LoraMethod
 from graft.adapters.lora_fa import LoraFaMethod
 from graft.adapters.vera import VeraMethod
@@ -111,7 +112,15 @@ class AdapterMethod(Protocol):
 
 
 METHODS: dict[str, AdapterMethod] = {
-    method.name: method for method in (LoraMethod(), DoraMethod(), LoraFaMethod(), VeraMethod(), Ia3Method())
+    method.name: method
+    for method in (
+        LoraMethod(),
+        DoraMethod(),
+        LoraFaMethod(),
+        VeraMethod(),
+        Ia3Method(),
+        LohaMethod(),
+    )
 }
 """The methods by name; one of your own joins them with `METHODS[method.name] = method`."""
 

@@ -197,12 +197,41 @@ _IA3 = Dialect(
 )
 
 
+def _read_loha(file: Field) -> dict[str, Any]:
+    return {
+        "rank": file.read("r", whole, 8),
+        "alpha": file.read("alpha", number, 8.0),
+        "rank_pattern": file.read("rank_pattern", pattern(whole), ()),
+        "alpha_pattern": file.read("alpha_pattern", pattern(number), ()),
+    }
+
+
+def _write_loha(config: Any, layers: Mapping[str, Any], targets: list[str]) -> dict[str, Any]:
+    ours = {"r": config.rank, "alpha": plain(config.alpha), "init_weights": True}
+    return {**ours, **_written_patterns(config, layers)}
+
+
+_LOHA = Dialect(
+    method="loha",
+    peft_type="LOHA",
+    read=_read_loha,
+    write=_write_loha,
+    leaf="hada_",
+    honoured=frozenset({"r", "alpha", "rank_pattern", "alpha_pattern"}),
+    refused={},
+    idle=frozenset({"init_weights", "use_effective_conv2d"}),
+    names={"rank": "r"},
+    lacks=frozenset({"fan_in_fan_out"}),
+)
+
+
 DIALECTS: tuple[Dialect, ...] = (
     _lora("lora", lambda raw: not raw.get("use_dora")),
     _lora("dora", lambda raw: bool(raw.get("use_dora")), target_parameters=None),
     _lora("lora_fa", lambda raw: False, use_dora=False, target_parameters=None),
     _VERA,
     _IA3,
+    _LOHA,
 )
 """Of the methods that PEFT has too. Of several that fit a file, the first one or what graft.json says."""
 
