@@ -20,6 +20,7 @@ _HOMES = {
     "LohaConfig": "graft.adapters.loha",
     "LoraConfig": "graft.adapters.lora",
     "LoraFaConfig": "graft.adapters.lora_fa",
+    "OftConfig": "graft.adapters.oft",
     "QuantizationConfig": "graft.quant.config",
     "Run": "graft.training.build",
     "RunConfig": "graft.training.config",

@@ -14,6 +14,7 @@ from graft.adapters.loha import LohaConfig
 from graft.adapters.lora import LoraConfig, LoraMethod
 from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.lora_layer import LoraLinear
+from graft.adapters.oft import OftConfig
 from graft.adapters.vera import VeraConfig
 
 CASES: dict[str, tuple[str, Any]] = {
@@ -29,6 +30,8 @@ CASES: dict[str, tuple[str, Any]] = {
     "ia3": ("ia3", Ia3Config()),
     "loha": ("loha", LohaConfig(rank=2)),
     "loha-dense": ("loha", LohaConfig(rank=5, alpha=2)),
+    "oft": ("oft", OftConfig()),
+    "oft-blocks": ("oft", OftConfig(block_size=5)),
     "ia3-feedforward": ("ia3", Ia3Config(target_modules=("layer",), feedforward_modules=("layer",))),
 }
 

@@ -24,6 +24,7 @@ from graft.adapters.ia3 import Ia3Config
 from graft.adapters.loha import LohaConfig
 from graft.adapters.lora import LoraConfig
 from graft.adapters.lora_fa import LoraFaConfig
+from graft.adapters.oft import OftConfig
 from graft.adapters.peft_format import load_adapter, save_adapter
 from graft.adapters.targets import base_layers
 from graft.adapters.vera import VeraConfig
@@ -97,6 +98,7 @@ CONFIGS: dict[str, Callable[[str], Any]] = {
     "vera": lambda family: VeraConfig(rank=12, target_modules=NAMES[family]),
     "ia3": lambda family: Ia3Config(target_modules=NAMES[family], feedforward_modules=NAMES[family][-1:]),
     "loha": lambda family: LohaConfig(rank=3, target_modules=NAMES[family]),
+    "oft": lambda family: OftConfig(block_size=8, target_modules=NAMES[family]),
     "shift": lambda family: ShiftConfig(target_modules=NAMES[family]),
 }
 
@@ -110,6 +112,7 @@ COUNTS: dict[str, Callable[[int, int, bool], int]] = {
     "vera": lambda out, into, last: out + 12,
     "ia3": lambda out, into, last: into if last else out,
     "loha": lambda out, into, last: 2 * 3 * (out + into),
+    "oft": lambda out, into, last: into // 8 * (8 * 7 // 2),
     "shift": lambda out, into, last: into,
 }
 """Numbers that train for a layer (out, in); `last` for the last of NAMES."""

@@ -18,6 +18,7 @@ from graft.adapters.dora import DoraConfig
 from graft.adapters.ia3 import Ia3Config
 from graft.adapters.loha import LohaConfig
 from graft.adapters.lora_fa import LoraFaConfig
+from graft.adapters.oft import OftConfig
 from graft.adapters.peft_format import load_adapter, save_adapter
 from graft.adapters.vera import VeraConfig
 from graft.errors import AdapterError
@@ -139,6 +140,14 @@ CASES: dict[str, Case] = {
         lambda family: {"r": 12, "alpha": 5, "target_modules": LINEARS[family]},
         ("llama",),
     ),
+    "oft": Case(
+        lambda family: OftConfig(block_size=8, target_modules=tuple(LINEARS[family])),
+        "OFTConfig",
+        lambda family: {
+            "oft_block_size": 8, "use_cayley_neumann": False, "target_modules": LINEARS[family],
+        },
+        ("llama", "qwen2", "gemma3_text"),
+    ),
 }  # fmt: skip
 
 PLACES = [(name, family) for name, case in CASES.items() for family in case.families]
@@ -253,6 +262,10 @@ REFUSED = [
     ("dora", "bias", "all"),
     ("dora", "init_lora_weights", "pissa"),
     ("vera", "bias", "vera_only"),
+    ("oft", "use_cayley_neumann", True),
+    ("oft", "coft", True),
+    ("oft", "block_share", True),
+    ("oft", "r", 4),
 ]
 
 

@@ -10,6 +10,7 @@ from graft.adapters.ia3 import Ia3Method
 from graft.adapters.loha import LohaMethod
 from graft.adapters.lora import LoraMethod
 from graft.adapters.lora_fa import LoraFaMethod
+from graft.adapters.oft import OftMethod
 from graft.adapters.vera import VeraMethod
 from graft.errors import ConfigError
 
@@ -120,6 +121,7 @@ METHODS: dict[str, AdapterMethod] = {
         VeraMethod(),
         Ia3Method(),
         LohaMethod(),
+        OftMethod(),
     )
 }
 """The methods by name; one of your own joins them with `METHODS[method.name] = method`."""

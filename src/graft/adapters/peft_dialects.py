@@ -225,6 +225,35 @@ _LOHA = Dialect(
 )
 
 
+def _read_oft(file: Field) -> dict[str, Any]:
+    return {"block_size": file.read("oft_block_size", whole, 32)}
+
+
+def _write_oft(config: Any, layers: Mapping[str, Any], targets: list[str]) -> dict[str, Any]:
+    return {
+        "r": 0,
+        "oft_block_size": config.block_size,
+        "use_cayley_neumann": False,
+        "bias": "none",
+        "coft": False,
+        "block_share": False,
+        "init_weights": True,
+    }
+
+
+_OFT = Dialect(
+    method="oft",
+    peft_type="OFT",
+    read=_read_oft,
+    write=_write_oft,
+    leaf="oft_R",
+    honoured=frozenset({"oft_block_size"}),
+    refused={"bias": "none", "coft": False, "block_share": False, "use_cayley_neumann": False, "r": 0},
+    idle=frozenset({"init_weights", "fan_in_fan_out", "eps", "num_cayley_neumann_terms"}),
+    names={"block_size": "oft_block_size"},
+)
+
+
 DIALECTS: tuple[Dialect, ...] = (
     _lora("lora", lambda raw: not raw.get("use_dora")),
     _lora("dora", lambda raw: bool(raw.get("use_dora")), target_parameters=None),
@@ -232,6 +261,7 @@ DIALECTS: tuple[Dialect, ...] = (
     _VERA,
     _IA3,
     _LOHA,
+    _OFT,
 )
 """Of the methods that PEFT has too. Of several that fit a file, the first one or what graft.json says."""
 
