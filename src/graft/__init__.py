@@ -18,6 +18,7 @@ _HOMES = {
     "GraftError": "graft.errors",
     "Ia3Config": "graft.adapters.ia3",
     "LohaConfig": "graft.adapters.loha",
+    "LokrConfig": "graft.adapters.lokr",
     "LoraConfig": "graft.adapters.lora",
     "LoraFaConfig": "graft.adapters.lora_fa",
     "OftConfig": "graft.adapters.oft",

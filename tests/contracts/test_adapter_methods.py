@@ -11,6 +11,7 @@ from graft.adapters.base import METHODS, check_adapter_method
 from graft.adapters.dora import DoraConfig
 from graft.adapters.ia3 import Ia3Config
 from graft.adapters.loha import LohaConfig
+from graft.adapters.lokr import LokrConfig
 from graft.adapters.lora import LoraConfig, LoraMethod
 from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.lora_layer import LoraLinear
@@ -30,6 +31,9 @@ CASES: dict[str, tuple[str, Any]] = {
     "ia3": ("ia3", Ia3Config()),
     "loha": ("loha", LohaConfig(rank=2)),
     "loha-dense": ("loha", LohaConfig(rank=5, alpha=2)),
+    "lokr": ("lokr", LokrConfig(rank=1)),
+    "lokr-both": ("lokr", LokrConfig(rank=1, decompose_both=True, decompose_factor=4)),
+    "lokr-dense": ("lokr", LokrConfig(rank=8)),
     "oft": ("oft", OftConfig()),
     "oft-blocks": ("oft", OftConfig(block_size=5)),
     "ia3-feedforward": ("ia3", Ia3Config(target_modules=("layer",), feedforward_modules=("layer",))),

@@ -22,6 +22,7 @@ from graft.adapters.dora import DoraConfig
 from graft.adapters.fold import merge_into
 from graft.adapters.ia3 import Ia3Config
 from graft.adapters.loha import LohaConfig
+from graft.adapters.lokr import LokrConfig
 from graft.adapters.lora import LoraConfig
 from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.oft import OftConfig
@@ -98,6 +99,7 @@ CONFIGS: dict[str, Callable[[str], Any]] = {
     "vera": lambda family: VeraConfig(rank=12, target_modules=NAMES[family]),
     "ia3": lambda family: Ia3Config(target_modules=NAMES[family], feedforward_modules=NAMES[family][-1:]),
     "loha": lambda family: LohaConfig(rank=3, target_modules=NAMES[family]),
+    "lokr": lambda family: LokrConfig(rank=2, target_modules=NAMES[family]),
     "oft": lambda family: OftConfig(block_size=8, target_modules=NAMES[family]),
     "shift": lambda family: ShiftConfig(target_modules=NAMES[family]),
 }
@@ -112,6 +114,14 @@ COUNTS: dict[str, Callable[[int, int, bool], int]] = {
     "vera": lambda out, into, last: out + 12,
     "ia3": lambda out, into, last: into if last else out,
     "loha": lambda out, into, last: 2 * 3 * (out + into),
+    # Divided as near to the root as goes: 16 = 4 4, 32 = 4 8, 64 = 8 8, 96 = 8 12, 128 = 8 16. The first
+    # factors are dense, the second ones of rank 2 where half of their longer side is above that.
+    "lokr": lambda out, into, last: {
+        (16, 32): 4 * 4 + 2 * (4 + 8),
+        (32, 64): 4 * 8 + 2 * (8 + 8),
+        (96, 32): 8 * 4 + 2 * (12 + 8),
+        (32, 128): 4 * 8 + 2 * (8 + 16),
+    }[out, into],
     "oft": lambda out, into, last: into // 8 * (8 * 7 // 2),
     "shift": lambda out, into, last: into,
 }

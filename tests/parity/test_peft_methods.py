@@ -17,6 +17,7 @@ from graft.adapters.attached import fixed_tensors, trained_tensors
 from graft.adapters.dora import DoraConfig
 from graft.adapters.ia3 import Ia3Config
 from graft.adapters.loha import LohaConfig
+from graft.adapters.lokr import LokrConfig
 from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.oft import OftConfig
 from graft.adapters.peft_format import load_adapter, save_adapter
@@ -138,6 +139,28 @@ CASES: dict[str, Case] = {
         lambda family: LohaConfig(rank=12, alpha=5, target_modules=tuple(LINEARS[family])),
         "LoHaConfig",
         lambda family: {"r": 12, "alpha": 5, "target_modules": LINEARS[family]},
+        ("llama",),
+    ),
+    "lokr": Case(
+        lambda family: LokrConfig(rank=2, alpha=5, target_modules=tuple(LINEARS[family])),
+        "LoKrConfig",
+        lambda family: {"r": 2, "alpha": 5, "target_modules": LINEARS[family]},
+        ("llama", "qwen2"),
+    ),
+    "lokr-both": Case(
+        lambda family: LokrConfig(
+            rank=1, decompose_both=True, decompose_factor=4, target_modules=tuple(LINEARS[family])
+        ),
+        "LoKrConfig",
+        lambda family: {
+            "r": 1, "decompose_both": True, "decompose_factor": 4, "target_modules": LINEARS[family],
+        },
+        ("llama",),
+    ),
+    "lokr-dense": Case(
+        lambda family: LokrConfig(rank=16, decompose_factor=8, target_modules=tuple(LINEARS[family])),
+        "LoKrConfig",
+        lambda family: {"r": 16, "decompose_factor": 8, "target_modules": LINEARS[family]},
         ("llama",),
     ),
     "oft": Case(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from graft.adapters.dora import DoraMethod
 from graft.adapters.ia3 import Ia3Method
 from graft.adapters.loha import LohaMethod
+from graft.adapters.lokr import LokrMethod
 from graft.adapters.lora import LoraMethod
 from graft.adapters.lora_fa import LoraFaMethod
 from graft.adapters.oft import OftMethod
@@ -121,6 +122,7 @@ METHODS: dict[str, AdapterMethod] = {
         VeraMethod(),
         Ia3Method(),
         LohaMethod(),
+        LokrMethod(),
         OftMethod(),
     )
 }

@@ -225,6 +225,36 @@ _LOHA = Dialect(
 )
 
 
+def _read_lokr(file: Field) -> dict[str, Any]:
+    return {
+        **_read_loha(file),
+        "decompose_both": file.read("decompose_both", flag, False),
+        "decompose_factor": file.read("decompose_factor", whole, -1),
+    }
+
+
+def _write_lokr(config: Any, layers: Mapping[str, Any], targets: list[str]) -> dict[str, Any]:
+    return {
+        **_write_loha(config, layers, targets),
+        "decompose_both": config.decompose_both,
+        "decompose_factor": config.decompose_factor,
+    }
+
+
+_LOKR = Dialect(
+    method="lokr",
+    peft_type="LOKR",
+    read=_read_lokr,
+    write=_write_lokr,
+    leaf="lokr_",
+    honoured=_LOHA.honoured | {"decompose_both", "decompose_factor"},
+    refused={},
+    idle=_LOHA.idle | {"rank_dropout_scale"},
+    names={"rank": "r"},
+    lacks=frozenset({"fan_in_fan_out"}),
+)
+
+
 def _read_oft(file: Field) -> dict[str, Any]:
     return {"block_size": file.read("oft_block_size", whole, 32)}
 
@@ -261,6 +291,7 @@ DIALECTS: tuple[Dialect, ...] = (
     _VERA,
     _IA3,
     _LOHA,
+    _LOKR,
     _OFT,
 )
 """Of the methods that PEFT has too. Of several that fit a file, the first one or what graft.json says."""
