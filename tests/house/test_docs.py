@@ -73,6 +73,9 @@ def test_command_lines_parse(page: Path) -> None:
         if given.get("metrics"):
             find_metrics(given["metrics"].split(","))
         assignments = read_assignments(given.get("assignments") or [])
+        for path, value in METHODS.get(given.get("method") or "", {}).items():
+            assignments.values.setdefault(path, value)
+            assignments.origins.setdefault(path, "--method")
         build(DataConfig if words[0] == "evaluate" else RunConfig, _within(words[0], assignments))
 
 
