@@ -162,11 +162,11 @@ def method_of(config: AdapterConfig) -> AdapterMethod:
         )
     method = METHODS.get(name) if isinstance(name, str) else None
     if method is None or not isinstance(config, method.config_class):
-        wanted = " or ".join(f"graft.{known.config_class.__name__}" for known in METHODS.values())
+        others = ", ".join(known.config_class.__name__ for name, known in METHODS.items() if name != "lora")
         raise ConfigError(
             f"{reprlib.repr(config)} is not the settings of an adapter method but a {type(config).__name__}",
             where="config",
-            fix=f"give a {wanted}(rank=8, ...)",
+            fix=f"give a graft.LoraConfig(rank=8, ...), or one of {others}",
         )
     return method
 
