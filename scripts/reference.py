@@ -14,7 +14,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from graft.adapters.lora import LoraConfig
+from graft.adapters.base import METHODS
 from graft.data.config import DataConfig
 from graft.dialects import ALIASES, FOREIGN_SECTIONS, SWITCHES, VALUES
 from graft.quant.config import QuantizationConfig
@@ -25,7 +25,7 @@ SECTIONS: tuple[tuple[str, type], ...] = (
     ("", RunConfig),
     ("model", ModelConfig),
     ("quantization", QuantizationConfig),
-    ("adapter", LoraConfig),
+    *(("adapter" if name == "lora" else f"adapter: {name}", METHODS[name].config_class) for name in METHODS),
     ("data", DataConfig),
     ("training", TrainingConfig),
 )
@@ -35,8 +35,9 @@ HEAD = """\
 Written by `python scripts/reference.py` from the docstrings in the source; do not edit.
 
 Fields stand in the YAML file given to `graft train CONFIG.yaml`, or after `--set` as `section.field=value`.
-An unknown name is an error that names the closest one. In Python the sections are `graft.LoraConfig`,
-`graft.QuantizationConfig`, `graft.DataConfig` and `graft.TrainingConfig`. Python's None is `null` in YAML.
+An unknown name is an error that names the closest one. `adapter.method` tells which fields the adapter
+section has. In Python the sections are `graft.LoraConfig` and its like, `graft.QuantizationConfig`,
+`graft.DataConfig` and `graft.TrainingConfig`. Python's None is `null` in YAML.
 """
 
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from graft.dialects import ALIASES, SWITCHES, own_path, own_value
 from graft.errors import ConfigError
+from graft.sections import accepts, describe_type, field_types, options, section_of, unknown_variants
 
 T = TypeVar("T")
 
@@ -223,6 +222,11 @@ def build(cls: type[T], settings: Settings) -> T:
     fill_in = getattr(cls, "fill_in", None)
     settings = fill_in(settings) if fill_in else settings
     problems = list(settings.problems)
+    for section, path, chosen, kinds in list(unknown_variants(cls, settings.values)):
+        what = f"unknown {path.replace('.', ' ')} {chosen!r}"
+        problems.append(ConfigError(what, where=settings.origins[path], fix=did_you_mean(chosen, kinds)))
+        for inner in [known for known in settings.values if f"{known}.".startswith(f"{section}.")]:
+            del settings.values[inner]  # which fields it may have is not known
     tree = _nest(settings, cls, problems)
     value = _construct(cls, tree, "", settings, problems)
     if len(problems) == 1:
@@ -238,11 +242,11 @@ def _nest(settings: Settings, cls: type, problems: list[ConfigError]) -> dict[st
     for path, value in settings.values.items():
         names, kind, node = path.split("."), cls, tree
         for depth, name in enumerate(names):
-            fields = _field_types(kind)
+            fields = field_types(kind, settings.values)
             if name not in fields:
                 problems.append(_unknown(path, ".".join(names[:depth]), name, fields, settings))
                 break
-            section = _section(fields[name])
+            section = section_of(fields[name])
             if depth == len(names) - 1:
                 if isinstance(value, dict) and section is None:
                     problems.append(
@@ -273,10 +277,10 @@ def _construct(
     import pydantic
 
     values: dict[str, Any] = {}
-    fields, before = _field_types(cls), len(problems)
+    fields, before = field_types(cls, settings.values), len(problems)
     for name, value in tree.items():
         full = f"{path}.{name}" if path else name
-        section = _section(fields[name])
+        section = section_of(fields[name])
         if section is not None and isinstance(value, str) and getattr(section, "SHORTHAND", None):
             value = _shorthand(section, value)
         if section is not None and isinstance(value, dict):
@@ -312,32 +316,18 @@ def _construct(
 def _refuse_bool(value: Any, kind: Any) -> None:
     # Python counts true as 1; who writes it means something else.
     items = value if isinstance(value, list | tuple) else [value]
-    if bool not in _options(kind) and any(isinstance(item, bool) for item in items):
+    if bool not in options(kind) and any(isinstance(item, bool) for item in items):
         raise TypeError("a truth value (true, yes, on) is no number")
 
 
 def _untext(value: Any, kind: Any) -> Any:
     # YAML 1.1 reads 1e-4 as a string; where a number is wanted it is one.
-    if isinstance(value, str) and not _accepts(kind, str):
+    if isinstance(value, str) and not accepts(kind, str):
         try:
             return float(value)
         except ValueError:
             return value
     return value
-
-
-def describe_type(kind: Any) -> str:
-    """A field's type in words: "a whole number", "one of 'a', 'b'"."""
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    told = []
-    for option in _options(kind):
-        if typing.get_origin(option) is typing.Literal:
-            told.append("one of " + ", ".join(repr(arg) for arg in typing.get_args(option)))
-        elif typing.get_origin(option) is tuple:
-            told.append(f"a list of {words.get(typing.get_args(option)[0], 'values')}")
-        else:
-            told.append(words.get(option, f"a section ({getattr(option, '__name__', option)})"))
-    return " or ".join(told)
 
 
 def _unknown(path: str, parent: str, name: str, fields: Mapping[str, Any], settings: Settings) -> ConfigError:
@@ -348,26 +338,6 @@ def _unknown(path: str, parent: str, name: str, fields: Mapping[str, Any], setti
         home = next((ours for ours in ALIASES.values() if ours.rsplit(".", 1)[-1] == name), "")
         fix = f"did you mean {home}?" if home else f"one of: {', '.join(fields)}"
     return ConfigError(f"unknown name {path!r}", where=settings.origins[path], fix=fix)
-
-
-def _field_types(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def _options(kind: Any) -> tuple[Any, ...]:
-    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
-    return typing.get_args(kind) if union else (kind,)
-
-
-def _section(kind: Any) -> type | None:
-    return next((o for o in _options(kind) if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
-
-
-def _accepts(kind: Any, wanted: type) -> bool:
-    return any(
-        option is wanted or typing.get_origin(option) in (typing.Literal, tuple) for option in _options(kind)
-    )
 
 
 def _as_bool(value: Any) -> bool | None:

@@ -36,7 +36,7 @@ class Shapes:
     """What a model with what trains on it is, as far as memory goes."""
 
     base_bytes: int
-    """Stored weights, each once, without what trains beside them."""
+    """Stored weights, each once, frozen parts of adapters among them, without what trains beside them."""
     adapter_numbers: int
     """Numbers that train beside the base."""
     base_numbers_trained: int
@@ -124,9 +124,9 @@ def shapes_of(model: Any, trained: Mapping[str, nn.Parameter]) -> Shapes:
         ModelError: The family is not known.
     """
     stored = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    beside = {id(p) for p in _adapter_tensors(model)}
-    base = [tensor for key, tensor in stored.items() if key not in beside]
     trained_ids = {id(p) for p in trained.values()}
+    beside = {id(p) for p in _adapter_tensors(model)} & trained_ids
+    base = [tensor for key, tensor in stored.items() if key not in beside]
     config = model.config.get_text_config()
     blocks = model.get_submodule(family_of(model).layers)
     any_tensor = model.get_input_embeddings().weight

@@ -8,13 +8,35 @@ import pytest
 import torch
 
 from graft.adapters.base import METHODS, check_adapter_method
+from graft.adapters.dora import DoraConfig
+from graft.adapters.ia3 import Ia3Config
+from graft.adapters.loha import LohaConfig
+from graft.adapters.lokr import LokrConfig
 from graft.adapters.lora import LoraConfig, LoraMethod
+from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.lora_layer import LoraLinear
+from graft.adapters.oft import OftConfig
+from graft.adapters.vera import VeraConfig
 
 CASES: dict[str, tuple[str, Any]] = {
     "lora": ("lora", LoraConfig()),
     "lora-gaussian-rs": ("lora", LoraConfig(rank=3, alpha=5, init="gaussian", use_rslora=True, dropout=0.3)),
     "lora-rank-above-width": ("lora", LoraConfig(rank=40)),
+    "dora": ("dora", DoraConfig()),
+    "dora-rs-patterns": ("dora", DoraConfig(rank=3, use_rslora=True, dropout=0.3, rank_pattern=("layer=5",))),
+    "lora_fa": ("lora_fa", LoraFaConfig()),
+    "lora_fa-gaussian-dropout": ("lora_fa", LoraFaConfig(rank=3, init="gaussian", dropout=0.3)),
+    "vera": ("vera", VeraConfig(rank=16)),
+    "vera-small": ("vera", VeraConfig(rank=5, d_initial=1.0, projection_seed=7)),
+    "ia3": ("ia3", Ia3Config()),
+    "loha": ("loha", LohaConfig(rank=2)),
+    "loha-dense": ("loha", LohaConfig(rank=5, alpha=2)),
+    "lokr": ("lokr", LokrConfig(rank=1)),
+    "lokr-both": ("lokr", LokrConfig(rank=1, decompose_both=True, decompose_factor=4)),
+    "lokr-dense": ("lokr", LokrConfig(rank=8)),
+    "oft": ("oft", OftConfig()),
+    "oft-blocks": ("oft", OftConfig(block_size=5)),
+    "ia3-feedforward": ("ia3", Ia3Config(target_modules=("layer",), feedforward_modules=("layer",))),
 }
 
 

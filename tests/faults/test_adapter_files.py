@@ -99,7 +99,7 @@ def test_untouched_copy_loads(model: Any, directory: Path) -> None:
     [
         ("bias", "all"),
         ("bias", "lora_only"),
-        ("use_dora", True),
+        ("use_bdlora", {"x": 1}),
         ("lora_bias", True),
         ("trainable_token_indices", [1, 2]),
         ("target_parameters", ["experts.gate_up_proj"]),
@@ -115,7 +115,7 @@ def test_untouched_copy_loads(model: Any, directory: Path) -> None:
         ("init_lora_weights", "pissa_niter_4"),
         ("init_lora_weights", "olora"),
         ("init_lora_weights", "loftq"),
-        ("peft_type", "LOHA"),
+        ("peft_type", "POLY"),
         ("peft_type", None),
     ],
 )

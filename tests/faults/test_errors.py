@@ -147,8 +147,8 @@ CASES: dict[str, tuple[Callable[[Scene], object], str, str, str]] = {
         "",
     ),
     "adapter option": (
-        lambda s: load_adapter(load(s.model).model, s.damaged_adapter(use_dora=True)),
-        "use_dora",
+        lambda s: load_adapter(load(s.model).model, s.damaged_adapter(use_qalora=True)),
+        "use_qalora",
         "adapter_config.json",
         "",
     ),

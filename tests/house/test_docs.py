@@ -11,7 +11,7 @@ import pytest
 import typer
 
 import graft
-from graft.adapters.lora import LoraConfig
+from graft.adapters.base import config_classes
 from graft.cli.evaluate import FIELDS
 from graft.cli.train import METHODS
 from graft.config import Settings, build, read_assignments, read_yaml
@@ -21,11 +21,14 @@ from graft.quant.config import BITS, QuantizationConfig
 from graft.training.config import ModelConfig, RunConfig, TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted((ROOT / "docs" / "how-to").glob("*.md"))
-SECTIONS = {
+PAGES = sorted([*(ROOT / "docs" / "how-to").glob("*.md"), *(ROOT / "docs" / "methods").glob("*.md")])
+AnyAdapter = dataclasses.make_dataclass(
+    "AnyAdapter", sorted({f.name for kind in config_classes().values() for f in dataclasses.fields(kind)})
+)
+SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "quantization": QuantizationConfig,
-    "adapter": LoraConfig,
+    "adapter": AnyAdapter,
     "data": DataConfig,
     "training": TrainingConfig,
 }
@@ -70,6 +73,9 @@ def test_command_lines_parse(page: Path) -> None:
         if given.get("metrics"):
             find_metrics(given["metrics"].split(","))
         assignments = read_assignments(given.get("assignments") or [])
+        for path, value in METHODS.get(given.get("method") or "", {}).items():
+            assignments.values.setdefault(path, value)
+            assignments.origins.setdefault(path, "--method")
         build(DataConfig if words[0] == "evaluate" else RunConfig, _within(words[0], assignments))
 
 
@@ -114,6 +120,11 @@ def test_every_number_format_is_on_its_page() -> None:
     assert all(f"`{name}`" in text and f"| {name} |" in text for name in BITS)
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert (page.parent / link).exists(), link
+
+
+def test_every_method_besides_lora_has_a_page() -> None:
+    pages = {path.stem.replace("-", "_") for path in (ROOT / "docs" / "methods").glob("*.md")}
+    assert pages == set(config_classes()) - {"lora"}
 
 
 def test_there_are_pages() -> None:

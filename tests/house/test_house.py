@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import graft
+from graft.adapters.base import config_classes
 from graft.adapters.lora import LoraConfig
 from graft.config import build, read_yaml
 from graft.data.config import DataConfig
@@ -22,7 +23,8 @@ from graft.quant.config import QuantizationConfig
 from graft.training.config import ModelConfig, RunConfig, TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = (RunConfig, ModelConfig, TrainingConfig, DataConfig, LoraConfig, QuantizationConfig)
+ADAPTERS = tuple(config_classes().values())
+CONFIGS = (RunConfig, ModelConfig, TrainingConfig, DataConfig, *ADAPTERS, QuantizationConfig)
 
 
 def modules_after(code: str) -> set[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from graft.adapters.base import is_additive
 from graft.models.layers import BaseLayer
 
 
@@ -32,11 +33,28 @@ class AdaptedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The base output with the active adapters' updates: x (..., in) to (..., out)."""
         layers: list[Any] = [self.adapters[name] for name in self.active]
+        if len(layers) > 1 and not all(is_additive(layer) for layer in layers):
+            return self._summed(x, layers)
+        if len(layers) == 1:
+            x = _given(layers[0], x)
         begun = [layer.begin(x) if hasattr(layer, "begin") else None for layer in layers]
         output: Tensor = self.base_layer(x)
         for layer, start in zip(layers, begun, strict=True):
             output = layer(x, output, self.base) if start is None else start(output, self.base)
         return output
+
+    def _summed(self, x: Tensor, layers: list[Any]) -> Tensor:
+        """The base output and what each layer alone would change of it.
+
+        Cost: a copy of the output for each layer, a base pass more for each that changes the input.
+        """
+        plain: Tensor = self.base_layer(x)
+        total = plain
+        for layer in layers:
+            given = _given(layer, x)
+            below = plain.clone() if given is x else self.base_layer(given)
+            total = total + (layer(given, below, self.base) - plain)
+        return total
 
     def activate(self, names: tuple[str, ...]) -> None:
         """Let those of the named adapters act that this layer has."""
@@ -95,6 +113,12 @@ class SavedModule(nn.Module):
             if name == "original":
                 raise
             return getattr(self.original, name)
+
+
+def _given(layer: Any, x: Tensor) -> Tensor:
+    adapt = getattr(type(layer), "adapt_input", None)
+    given: Tensor = x if adapt is None else adapt(layer, x)
+    return given
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

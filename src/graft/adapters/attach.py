@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -17,8 +18,9 @@ from graft.adapters.attached import (
     attachments,
     disabled,
     set_active,
+    trained_tensors,
 )
-from graft.adapters.base import AdapterConfig, method_of
+from graft.adapters.base import AdapterConfig, kinds_of, method_of
 from graft.adapters.initializers import generator_for
 from graft.adapters.patterns import first_match
 from graft.adapters.targets import ALL_LINEAR, Selection, select_saved, select_targets, tied_pair
@@ -102,6 +104,7 @@ def install(
     method_of(config)
     targets = select_targets(model, selection, strict=strict)
     saved = select_saved(model, selection.modules_to_save)
+    _refuse_kinds(config, targets)
     if strict:
         _refuse_idle_patterns(config, targets)
     _refuse_overlap(model, targets, saved)
@@ -113,13 +116,14 @@ def install(
         model.graft_attachments = record  # type: ignore[assignment]
         for parameter in record.frozen:
             parameter.requires_grad_(False)
+    shared = _shared(config, targets)
     for path, base in targets.items():
-        _adapt(model, path, base, config, name, seed)
+        _adapt(model, path, base, config, name, seed, shared)
     for path in saved:
         _save_whole(model, path, name)
-    adapter = Adapter(name, config, tuple(targets), tuple(saved), 0)
+    adapter = Adapter(name, config, tuple(targets), tuple(saved), 0, shared=shared)
     record.adapters[name] = adapter
-    adapter.num_trainable = sum(tensor.numel() for tensor in adapter_tensors(model, name).values())
+    adapter.num_trainable = sum(tensor.numel() for tensor in trained_tensors(model, name).values())
     adapter.notes += _tied_notes(model, adapter)
     if selection.target_modules == ALL_LINEAR and (stacks := stacked_experts(model)):
         adapter.notes.append(f"the experts carry no adapter: {stacks}")
@@ -184,15 +188,40 @@ def _refuse_overlap(model: nn.Module, targets: dict[str, BaseLayer], saved: dict
             )
 
 
+def _refuse_kinds(config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> None:
+    kinds = kinds_of(method_of(config))
+    for path, base in targets.items():
+        if base.kind not in kinds:
+            raise TargetError(
+                f"{path} is of kind {base.kind}, which {config.method} does not adapt",
+                where="adapter.target_modules",
+                fix=f"take it out of the targets: {config.method} adapts {', '.join(kinds)}",
+            )
+
+
+def _shared(config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> nn.Module | None:
+    build = getattr(method_of(config), "build_shared", None)
+    made: nn.Module | None = build(list(targets.values()), config) if build is not None and targets else None
+    return made
+
+
 def _adapt(
-    model: nn.Module, path: str, base: BaseLayer, config: AdapterConfig, name: str, seed: int | None
+    model: nn.Module,
+    path: str,
+    base: BaseLayer,
+    config: AdapterConfig,
+    name: str,
+    seed: int | None,
+    shared: nn.Module | None,
 ) -> None:
     module = model.get_submodule(path)
     if not isinstance(module, AdaptedLayer):
         module = AdaptedLayer(base)
         replace_module(model, path, module)
     generator = None if seed is None else generator_for(seed, path)
-    layer = method_of(config).build_layer(base, config.at(path), generator)
+    layer: Any = method_of(config).build_layer(base, config.at(path), generator)
+    if shared is not None:
+        layer.share(shared)
     module.adapters[name] = layer.to(base.device).train(module.training)
 
 

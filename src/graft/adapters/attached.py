@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.adapters.adapted import AdaptedLayer, SavedModule
+from graft.adapters.base import frozen_tensors, method_of
 from graft.config import closest
 from graft.errors import AdapterError
 from graft.quant.linear import quantized_modules
@@ -39,6 +40,8 @@ class Adapter:
     """Whether it was put on a base that it was not trained on."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What its file says about how it was made."""
+    shared: nn.Module | None = None
+    """Holds the tensors that its layers share (`AdapterMethod.build_shared`); they do not train."""
 
 
 @dataclass(eq=False)
@@ -119,6 +122,62 @@ def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, nn.Par
     return found
 
 
+def trained_tensors(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
+    """Those of an adapter's tensors that can train, as `adapter_tensors` has them.
+
+    Args:
+        model: A model that carries it.
+        name: The adapter.
+
+    Raises:
+        AdapterError: The model has no such adapter.
+    """
+    return _of_kind(model, name, frozen=False)
+
+
+def fixed_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """Those of an adapter's tensors that never train, those that its layers share among them.
+
+    Args:
+        model: A model that carries it.
+        name: The adapter.
+
+    Returns:
+        Tensors by the keys of `adapter_tensors`; shared ones by the names of `AdapterMethod.build_shared`.
+
+    Raises:
+        AdapterError: The model has no such adapter.
+    """
+    shared = adapter(model, name).shared
+    return {**_of_kind(model, name, frozen=True), **({} if shared is None else dict(shared.named_buffers()))}
+
+
+def active_fixed_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """`fixed_tensors` of the adapters that act."""
+    return {
+        key: tensor for name in active_adapters(model) for key, tensor in fixed_tensors(model, name).items()
+    }
+
+
+def all_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """Every tensor of an adapter: `trained_tensors` and `fixed_tensors`."""
+    return {**trained_tensors(model, name), **fixed_tensors(model, name)}
+
+
+def _of_kind(model: nn.Module, name: str, *, frozen: bool) -> dict[str, nn.Parameter]:
+    known = adapter(model, name)
+    return {
+        f"{path}.{leaf}" if path else leaf: tensor
+        for path, module in adapter_modules(model).items()
+        for leaf, tensor in _tensors(module, name).items()
+        if (leaf in _frozen(module, known)) == frozen
+    }
+
+
+def _frozen(module: AdaptedLayer | SavedModule, known: Adapter) -> frozenset[str]:
+    return frozenset() if isinstance(module, SavedModule) else frozen_tensors(method_of(known.config))
+
+
 def _tensors(module: AdaptedLayer | SavedModule, name: str) -> dict[str, nn.Parameter]:
     if isinstance(module, SavedModule):
         return module.tensors(name) if name in module.copies else {}
@@ -158,10 +217,10 @@ def set_active(model: nn.Module, names: str | Sequence[str] | None) -> None:
     record.active = chosen
     for module in modules.values():
         module.activate(chosen)
-        for name in record.adapters:
-            trains = name in chosen and record.adapters[name].trainable
-            for tensor in _tensors(module, name).values():
-                tensor.requires_grad_(trains)
+        for name, known in record.adapters.items():
+            trains, frozen = name in chosen and known.trainable, _frozen(module, known)
+            for leaf, tensor in _tensors(module, name).items():
+                tensor.requires_grad_(trains and leaf not in frozen)
 
 
 @contextlib.contextmanager

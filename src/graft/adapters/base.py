@@ -5,7 +5,14 @@ from __future__ import annotations
 import reprlib
 from typing import TYPE_CHECKING, Any, Protocol
 
+from graft.adapters.dora import DoraMethod
+from graft.adapters.ia3 import Ia3Method
+from graft.adapters.loha import LohaMethod
+from graft.adapters.lokr import LokrMethod
 from graft.adapters.lora import LoraMethod
+from graft.adapters.lora_fa import LoraFaMethod
+from graft.adapters.oft import OftMethod
+from graft.adapters.vera import VeraMethod
 from graft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,14 +50,28 @@ class AdapterConfig(Protocol):
 
 
 class AdapterLayer(Protocol):
-    """What a method puts over one base layer: an `nn.Module` whose own fp32 parameters are the adapter."""
+    """What a method puts over one base layer: an `nn.Module` whose own fp32 parameters are the adapter.
+
+    It may have more, each of which is asked for only where it is there:
+
+    - `additive` (a class attribute, true where missing): `forward` adds an update that depends on neither
+      the base output nor the base weight. Updates of several such layers are added in place; a layer that is
+      not additive gets the plain base output, and a merge that would change the weight under it is refused.
+    - `adapt_input(x)`: what the base layer and `forward` are given in place of x. Not additive.
+    - `begin(x)`: the part of `forward` that needs no base output; see `LoraLinear.begin`. Additive only.
+    - `merged_bias(base, bias)`: the bias of the plain layer, where it is another one than the base's.
+    - `idle(base)`: whether the layer leaves every output as it is, as far as that can be told cheaply.
+    - `reference_forward(x, base_output, base)`: the same in plain differentiable operations, which the
+      gradients of `forward` are checked against; without it they are checked by finite differences.
+    - `share(shared)`: takes what `AdapterMethod.build_shared` made.
+    """
 
     @property
     def num_parameters(self) -> int:
         """Numbers that train."""
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """The parameters by the names that they have in files."""
+        """The parameters by the names that they have in files, those that never train among them."""
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """The new output in the dtype of base_output, which it may overwrite; no state is left behind."""
@@ -60,7 +81,16 @@ class AdapterLayer(Protocol):
 
 
 class AdapterMethod(Protocol):
-    """One way to adapt a layer. It sees a `BaseLayer`, never a quantizer."""
+    """One way to adapt a layer. It sees a `BaseLayer`, never a quantizer.
+
+    It may have more, each of which is asked for only where it is there:
+
+    - `kinds`: the kinds of base layers that it adapts; all where missing. Others are refused as targets.
+    - `frozen_tensors`: names from `tensor_shapes` that are saved with the adapter and never train.
+    - `build_shared(bases, config)`: an `nn.Module` whose buffers, by their names in files, belong to all
+      layers of one adapter together. They never train, and follow from the settings and the layers alone.
+    - `shared_shapes(bases, config)`: their names and shapes, without making them; needed beside it.
+    """
 
     @property
     def name(self) -> str:
@@ -83,8 +113,40 @@ class AdapterMethod(Protocol):
         """
 
 
-METHODS: dict[str, AdapterMethod] = {method.name: method for method in (LoraMethod(),)}
-"""The methods by name."""
+METHODS: dict[str, AdapterMethod] = {
+    method.name: method
+    for method in (
+        LoraMethod(),
+        DoraMethod(),
+        LoraFaMethod(),
+        VeraMethod(),
+        Ia3Method(),
+        LohaMethod(),
+        LokrMethod(),
+        OftMethod(),
+    )
+}
+"""The methods by name; one of your own joins them with `METHODS[method.name] = method`."""
+
+
+def config_classes() -> dict[str, type]:
+    """The settings classes of all methods by the method's name, LoRA's first."""
+    return {name: method.config_class for name, method in METHODS.items()}
+
+
+def frozen_tensors(method: AdapterMethod) -> frozenset[str]:
+    """Names of a method's tensors that are saved and never train."""
+    return frozenset(getattr(method, "frozen_tensors", ()))
+
+
+def kinds_of(method: AdapterMethod) -> tuple[str, ...]:
+    """The kinds of base layers that a method adapts."""
+    return tuple(getattr(method, "kinds", ("linear", "conv1d", "embedding")))
+
+
+def is_additive(layer: Any) -> bool:
+    """Whether a layer adds an update that depends on neither base output nor base weight."""
+    return bool(getattr(type(layer), "additive", True))
 
 
 def method_of(config: AdapterConfig) -> AdapterMethod:
@@ -100,17 +162,20 @@ def method_of(config: AdapterConfig) -> AdapterMethod:
         )
     method = METHODS.get(name) if isinstance(name, str) else None
     if method is None or not isinstance(config, method.config_class):
-        wanted = " or ".join(f"graft.{known.config_class.__name__}" for known in METHODS.values())
+        others = ", ".join(known.config_class.__name__ for name, known in METHODS.items() if name != "lora")
         raise ConfigError(
             f"{reprlib.repr(config)} is not the settings of an adapter method but a {type(config).__name__}",
             where="config",
-            fix=f"give a {wanted}(rank=8, ...)",
+            fix=f"give a graft.LoraConfig(rank=8, ...), or one of {others}",
         )
     return method
 
 
 def check_adapter_method(method: AdapterMethod, config: Any = None) -> None:
-    """Run a method through the contract on small linear, Conv1D and embedding layers.
+    """Run a method through the contract on small layers of every kind that it adapts.
+
+    Tried on each: names and shapes, the first output, where first values come from, gradients (in float64,
+    against `reference_forward` or finite differences), what must not change, and that a merge does the same.
 
     Args:
         method: The method to check; it need not be in METHODS.
@@ -123,5 +188,7 @@ def check_adapter_method(method: AdapterMethod, config: Any = None) -> None:
 
     config = method.config_class() if config is None else config
     assert config.method == method.name, f"the config's method is {config.method!r}, not {method.name!r}"
-    for base, x in sample_layers():
+    samples = [(base, x) for base, x in sample_layers() if base.kind in kinds_of(method)]
+    assert samples, f"{method.name} adapts no kind of layer: {kinds_of(method)}"
+    for base, x in samples:
         check_layer(method, config, base, x)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.adapters.adapted import AdaptedLayer, unwrapped
 from graft.adapters.attached import Adapter, adapter, adapter_modules
-from graft.adapters.base import method_of
+from graft.adapters.base import frozen_tensors, method_of
 from graft.adapters.targets import Selection, select_targets
 
 PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
@@ -29,7 +29,7 @@ def adapted_layers(model: nn.Module, name: str) -> dict[str, Any]:
 
 
 def asked_tensors(model: nn.Module, made: Adapter) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that an adapter's settings ask for, found anew from its settings.
+    """Names and shapes of the tensors to train that an adapter's settings ask for, found anew from these.
 
     Args:
         model: The model that carries it.
@@ -40,10 +40,12 @@ def asked_tensors(model: nn.Module, made: Adapter) -> dict[str, tuple[int, ...]]
         config.target_modules, config.exclude_modules, config.layers, modules_to_save=config.modules_to_save
     )
     method = method_of(config)
+    frozen = frozen_tensors(method)
     asked: dict[str, tuple[int, ...]] = {}
     for path, base in select_targets(model, selection, strict=False).items():
         for leaf, shape in method.tensor_shapes(base, config.at(path)).items():
-            asked[f"{path}.{leaf}"] = tuple(shape)
+            if leaf not in frozen:
+                asked[f"{path}.{leaf}"] = tuple(shape)
     for path in made.saved_modules:
         for leaf, tensor in unwrapped(model.get_submodule(path)).named_parameters():
             asked[f"{path}.{leaf}"] = tuple(tensor.shape)
@@ -62,14 +64,14 @@ def factors(layer: Any) -> tuple[Tensor, Tensor] | None:
 def idle_layers(model: nn.Module, name: str) -> list[str]:
     """Paths of the layers and saved modules of an adapter that leave every output as it is.
 
-    An update of two factors is idle where one of them is zero, a saved module where it is a copy.
+    An update of two factors is idle where one of them is zero, a layer of another kind where it says so, a
+    saved module where it is a copy.
 
     Cost: reads both factors of every layer; for a module trained in full, module and original.
     """
     idle = []
     for path, layer in adapted_layers(model, name).items():
-        pair = factors(layer)
-        if pair is not None and not (bool(pair[1].any()) and bool(pair[0].any())):
+        if is_idle(model, path, layer):
             idle.append(path)
     for path in adapter(model, name).saved_modules:
         module: Any = model.get_submodule(path)
@@ -77,6 +79,16 @@ def idle_layers(model: nn.Module, name: str) -> list[str]:
         if all(torch.equal(copies[leaf].to(old), old) for leaf, old in module.original.named_parameters()):
             idle.append(path)
     return idle
+
+
+def is_idle(model: nn.Module, path: str, layer: Any) -> bool:
+    """Whether a layer at a path of a model leaves every output as it is; false where that cannot be told."""
+    pair = factors(layer)
+    if pair is not None:
+        return not (bool(pair[1].any()) and bool(pair[0].any()))
+    ask = getattr(layer, "idle", None)
+    module: Any = model.get_submodule(path)
+    return ask is not None and bool(ask(module.base))
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from graft.adapters.adapted import AdaptedLayer, SavedModule, unwrapped
 from graft.adapters.attach import detach
 from graft.adapters.attached import adapter, adapter_modules
+from graft.adapters.base import is_additive
 from graft.adapters.targets import base_layers, tied_pair
 from graft.errors import AdapterError
 from graft.models.layers import BaseLayer
@@ -29,11 +30,13 @@ def merge_into(model: nn.Module, name: str = "default") -> bool:
         Whether embedding and output head were untied.
 
     Raises:
-        AdapterError: No such adapter, or a layer under it is quantized.
+        AdapterError: No such adapter, a layer under it is quantized, or another adapter there is measured
+            against the weight that would change.
     """
     known = adapter(model, name)
     modules = adapter_modules(model)
     _refuse_quantized(modules, name)
+    _refuse_beside(modules, name)
     pair = tied_pair(model)
     touched = {*known.targets, *known.saved_modules}
     untie = pair is not None and not touched.isdisjoint(pair)
@@ -43,8 +46,7 @@ def merge_into(model: nn.Module, name: str = "default") -> bool:
         if isinstance(module, SavedModule):
             _fold_copy(module, name)
         elif name in module.adapters:
-            layer: Any = module.adapters[name]
-            module.base.replace_weight(layer.merged_weight(module.base, module.base.dense_weight()))
+            _fold_layer(module.base, module.adapters[name])
     detach(model, name)
     if hasattr(model, "graft_fingerprint"):
         del model.graft_fingerprint  # it was that of the weights before
@@ -59,6 +61,30 @@ def _refuse_quantized(modules: dict[str, AdaptedLayer | SavedModule], name: str)
                 where=path,
                 fix="load the base without quantization, or use graft merge",
             )
+
+
+def _refuse_beside(modules: dict[str, AdaptedLayer | SavedModule], name: str) -> None:
+    # Of several adapters each is a change of the base as it is; where that change depends on the weight,
+    # folding one of them in would make another change of the rest.
+    for path, module in modules.items():
+        if isinstance(module, SavedModule) or name not in module.adapters:
+            continue
+        others = [other for other in module.adapters if other != name]
+        if others and not all(is_additive(layer) for layer in module.adapters.values()):
+            raise AdapterError(
+                f"{path} also carries {', '.join(others)}: after the merge it would no longer be the same",
+                where=path,
+                fix="detach the other adapter first, or merge each into a base of its own",
+            )
+
+
+def _fold_layer(base: BaseLayer, layer: Any) -> None:
+    bias = base.bias
+    merged = layer.merged_bias(base, bias) if bias is not None and hasattr(layer, "merged_bias") else None
+    base.replace_weight(layer.merged_weight(base, base.dense_weight()))
+    if bias is not None and merged is not None:
+        with torch.no_grad():
+            bias.copy_(merged)
 
 
 def _fold_copy(module: SavedModule, name: str) -> None:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
+from graft.adapters.settings import check_low_rank, check_placement, rank_and_alpha
 from graft.dialects import explained
-from graft.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
     from graft.adapters.lora_layer import LoraEmbedding, LoraLinear
     from graft.models.layers import BaseLayer
-
-MAX_RANK = 8192
-"""Largest rank accepted; beyond it a setting is taken for a mistake before it takes the memory."""
 
 
 @explained
@@ -56,35 +53,8 @@ class LoraConfig:
     """Biases stay frozen."""
 
     def __post_init__(self) -> None:
-        _check_rank(self.rank, "adapter.rank")
-        _check_alpha(self.alpha, "adapter.alpha")
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise ConfigError(
-                f"dropout {self.dropout!r} is not in [0, 1)", where="adapter.dropout", fix="0.0 turns it off"
-            )
-        if not self.target_modules and not self.modules_to_save:
-            raise ConfigError("nothing to train", where="adapter.target_modules", fix='use "all-linear"')
-        if self.layers is not None and not _are_block_numbers(self.layers):
-            raise ConfigError(
-                f"layers {self.layers!r} are not block numbers",
-                where="adapter.layers",
-                fix="list numbers from 0, or leave it out for all blocks",
-            )
-        self._refuse_idle()
-        for item in self.rank_pattern:
-            _check_rank(_pair(item, "adapter.rank_pattern")[1], "adapter.rank_pattern")
-        for item in self.alpha_pattern:
-            _check_alpha(_pair(item, "adapter.alpha_pattern")[1], "adapter.alpha_pattern")
-
-    def _refuse_idle(self) -> None:
-        for field in ("exclude_modules", "layers", "rank_pattern", "alpha_pattern"):
-            value = getattr(self, field)
-            if value and not self.target_modules:
-                raise ConfigError(
-                    f"{field} {value!r} cannot act: target_modules is empty",
-                    where=f"adapter.{field}",
-                    fix=f'leave {field} out, or name targets such as "all-linear"',
-                )
+        check_low_rank(self)
+        check_placement(self)
 
     @property
     def scaling(self) -> float:
@@ -97,16 +67,30 @@ class LoraConfig:
         Args:
             path: Dotted path of the layer in the model.
         """
-        from graft.adapters.patterns import first_match
-
-        rank, alpha = self.rank, self.alpha
-        for item in first_match(self.rank_pattern, path):
-            rank = int(_pair(item, "adapter.rank_pattern")[1])
-        for item in first_match(self.alpha_pattern, path):
-            alpha = _pair(item, "adapter.alpha_pattern")[1]
+        rank, alpha = rank_and_alpha(self, path)
         if (rank, alpha) == (self.rank, self.alpha):
             return self
         return dataclasses.replace(self, rank=rank, alpha=alpha)
+
+
+class LowRank(Protocol):
+    """What of its settings decides about a layer's pair of factors; DoRA's and LoRA-FA's have it too."""
+
+    @property
+    def rank(self) -> int:
+        """Rows of lora_A and columns of lora_B."""
+
+    @property
+    def scaling(self) -> float:
+        """The factor on B A."""
+
+    @property
+    def dropout(self) -> float:
+        """Share of the adapter's inputs set to zero in training."""
+
+    @property
+    def init(self) -> str:
+        """Start of lora_A."""
 
 
 class LoraMethod:
@@ -115,7 +99,7 @@ class LoraMethod:
     name = "lora"
     config_class = LoraConfig
 
-    def tensor_shapes(self, base: BaseLayer, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(self, base: BaseLayer, config: LowRank) -> dict[str, tuple[int, ...]]:
         """Names (as in PEFT files) and shapes of the tensors that one layer adds."""
         down, up = (config.rank, base.in_features), (base.out_features, config.rank)
         if base.kind == "embedding":
@@ -123,7 +107,7 @@ class LoraMethod:
         return {"lora_A.weight": down, "lora_B.weight": up}
 
     def build_layer(
-        self, base: BaseLayer, config: LoraConfig, generator: torch.Generator | None
+        self, base: BaseLayer, config: LowRank, generator: torch.Generator | None
     ) -> LoraLinear | LoraEmbedding:
         """Make the layer module; without a generator its tensors are left to be filled from a file."""
         from graft.adapters.initializers import fill_lora
@@ -134,44 +118,3 @@ class LoraMethod:
         if generator is not None:
             fill_lora(layer, config.init, generator)
         return layer
-
-
-def _pair(item: str, where: str) -> tuple[str, float]:
-    pattern, equals, value = item.rpartition("=")
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not equals or not pattern or math.isnan(number):
-        raise ConfigError(f"{item!r} is not regex=number", where=where, fix='for example "q_proj=16"')
-    return pattern, number
-
-
-def pairs(items: tuple[str, ...]) -> dict[str, float]:
-    """The "regex=number" items of a pattern field as a mapping, in their order."""
-    return dict(_pair(item, "adapter") for item in items)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _are_block_numbers(value: object) -> bool:
-    numbers = list(value) if isinstance(value, tuple | list) else []
-    return bool(numbers) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
-
-
-def _check_rank(rank: float, where: str) -> None:
-    if not _is_number(rank) or rank != int(rank) or not 1 <= rank <= MAX_RANK:
-        raise ConfigError(
-            f"rank {rank!r} is not a whole number from 1 to {MAX_RANK}",
-            where=where,
-            fix="8 to 64 serve most tasks",
-        )
-
-
-def _check_alpha(alpha: float, where: str) -> None:
-    if not _is_number(alpha) or alpha <= 0:
-        raise ConfigError(
-            f"alpha {alpha!r} is not a positive number", where=where, fix="twice the rank is usual"
-        )

@@ -30,6 +30,9 @@ class LoraLinear(nn.Module):
         dropout: Share of x set to zero in training, for the update only.
     """
 
+    trains_A = True  # noqa: N815 - the tensor's name
+    """Whether lora_A trains; LoRA-FA leaves it as it was drawn."""
+
     def __init__(
         self, in_features: int, out_features: int, rank: int, scaling: float, dropout: float = 0.0
     ) -> None:
@@ -41,8 +44,8 @@ class LoraLinear(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in lora_A and lora_B."""
-        return self.lora_A.numel() + self.lora_B.numel()
+        """Numbers that train: in lora_B and, where it does, lora_A."""
+        return self.lora_B.numel() + (self.lora_A.numel() if self.trains_A else 0)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """The trainable tensors by the names that PEFT files give them."""
@@ -65,7 +68,7 @@ class LoraLinear(nn.Module):
             x = x.to(base_output.dtype)
         if self.training and self.dropout:
             x = functional.dropout(x, self.dropout)
-        fresh = _is_fresh(base_output, base)
+        fresh = is_fresh(base_output, base)
         update: Tensor = LoraUpdate.apply(x, base_output, self.lora_A, self.lora_B, self.scaling, fresh)
         return update
 
@@ -91,7 +94,7 @@ class LoraLinear(nn.Module):
         place, down = _LoraDown.apply(x, self.lora_A, self.lora_B, self.scaling)
 
         def finish(base_output: Tensor, base: BaseLayer) -> Tensor:
-            fresh = _is_fresh(base_output, base)
+            fresh = is_fresh(base_output, base)
             return _LoraUp.apply(base_output, place, down, self.lora_B.detach(), self.scaling, fresh)
 
         return finish
@@ -132,7 +135,7 @@ class LoraUpdate(Function):
         in_place: bool,
     ) -> Tensor:
         """One dtype in x (..., in) and base_output (..., out); in_place writes into base_output."""
-        with _no_autocast(x.device.type):
+        with no_autocast(x.device.type):
             down = _down(x, lora_A)
             result = _with_update(base_output, down, lora_B, scaling, in_place)
         if in_place:
@@ -196,8 +199,8 @@ class _LoraUp(Function):
         return grad if needs_base else None, grad if needs_update else None, None, None, None, None
 
 
-def _is_fresh(base_output: Tensor, base: BaseLayer) -> bool:
-    # A view, or an output that a hook may have kept, must not change under its holder.
+def is_fresh(base_output: Tensor, base: BaseLayer) -> bool:
+    """Whether a base output may be written into: a view, or what a hook may have kept, must not change."""
     return base.kind == "linear" and not base_output._is_view() and not base.module._forward_hooks
 
 
@@ -220,7 +223,7 @@ def _gradients(
     """Of x, lora_A and lora_B, from what a context keeps and the gradient of the update."""
     x, down, lora_A, lora_B = ctx.saved_tensors
     grad_x = grad_A = grad_B = None
-    with _no_autocast(grad.device.type):
+    with no_autocast(grad.device.type):
         flat = grad.reshape(-1, lora_B.shape[0]).to(down.dtype)
         if needs_x or needs_A:
             grad_down = (flat @ lora_B.to(down.dtype)).mul_(ctx.scaling)
@@ -300,8 +303,8 @@ def _folded(weight: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
         return torch.addmm(weight, up.to(weight.device), down.to(weight.device), alpha=scaling)
 
 
-def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    # The operands have one dtype already; autocast would split them again.
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """A block without autocast: the operands have one dtype already, it would split them again."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()

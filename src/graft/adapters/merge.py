@@ -16,7 +16,7 @@ from graft.adapters.attached import Adapter
 from graft.adapters.fold import decode_from, merge_into
 from graft.adapters.peft_config import PeftSettings, directory_of, read_object, read_settings
 from graft.adapters.peft_format import CONFIG, load_adapter
-from graft.adapters.peft_tensors import PREFIX, open_weights
+from graft.adapters.peft_tensors import full_name, open_weights
 from graft.adapters.side_file import FILE, SideFile, read_side_file, tensors_digest
 from graft.dialects import explained
 from graft.errors import AdapterError
@@ -198,7 +198,7 @@ def _prepare(
             fix="give the base (--base)",
         )
     revision = settings.revision if base is None else None
-    digest = tensors_digest((PREFIX + key, t.load()) for key, t in open_weights(adapter_dir).items())
+    digest = tensors_digest((full_name(key), t.load()) for key, t in open_weights(adapter_dir).items())
     path = resolve(name, revision)
     lineage = _lineage(path)
     if any(earlier.get("tensors") == digest for earlier in lineage):

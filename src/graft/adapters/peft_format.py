@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graft.adapters.adapted import unwrapped
 from graft.adapters.attach import check_name, detach, install
@@ -20,6 +20,7 @@ from graft.adapters.attached import (
     adapter_tensors,
     adapters_of,
     set_active,
+    trained_tensors,
 )
 from graft.adapters.base import method_of
 from graft.adapters.effect import idle_layers
@@ -27,15 +28,16 @@ from graft.adapters.peft_config import (
     SEQUENCE_CLASSIFICATION,
     PeftSettings,
     directory_of,
+    method_written,
     read_settings,
     write_settings,
 )
 from graft.adapters.peft_stacks import current_names, split_stacks
 from graft.adapters.peft_tensors import (
-    PREFIX,
     WEIGHTS,
     check_base_copy,
     check_finite,
+    full_name,
     match,
     open_weights,
     read_tensors,
@@ -95,8 +97,8 @@ def save_adapter(
     directory = directory_of(directory, "directory")
     known = adapter(model, name)
     tensors = {
-        PREFIX + key: tensor.detach().float().cpu().contiguous()
-        for key, tensor in adapter_tensors(model, name).items()
+        full_name(key): tensor.detach().float().cpu().contiguous()
+        for key, tensor in {**adapter_tensors(model, name), **_shared(known)}.items()
     }
     for key, tensor in tensors.items():
         check_finite(tensor, key, f"adapter {name!r}")
@@ -107,6 +109,7 @@ def save_adapter(
         settings_digest(settings),
         known.forced_base,
         dict(known.facts if facts is None else facts),
+        "" if method_written(settings) == known.config.method else known.config.method,
     )
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     with new_directory(directory, replace=True, needed_bytes=size) as partial:
@@ -152,8 +155,8 @@ def load_adapter(
     directory = directory_of(directory, "directory")
     name = name or _free_name(model, directory)
     check_name(model, name)
-    settings, raw = read_settings(directory / CONFIG)
     side = read_side_file(directory)
+    settings, raw = read_settings(directory / CONFIG, "" if side is None else side.method)
     if side is not None and side.settings != settings_digest(raw):
         raise AdapterError(
             "the file was changed after the adapter was saved: its digest is not the one in graft.json",
@@ -173,7 +176,7 @@ def load_adapter(
     forced, notes = check_base(model, side, directory, force=force_base)
     try:
         settings = _resolved(model, settings, stored)
-        expected = _expected_shapes(model, settings)
+        expected = _expected_shapes(model, settings, raw)
     except (TargetError, ConfigError) as error:
         raise AdapterError(error.what, where=f"{directory / CONFIG}: {error.where}", fix=error.fix) from error
     copies = match(model, expected, stored, directory / WEIGHTS)
@@ -182,11 +185,13 @@ def load_adapter(
         check_base_copy(model, key, values.pop(key), directory / WEIGHTS)
     before = active_adapters(model)
     made = install(model, settings.config, settings.selection, name, seed=None, strict=False)
-    for key, tensor in adapter_tensors(model, name).items():
-        with torch.no_grad():
-            tensor.copy_(values[key])
-        tensor.requires_grad_(trainable)
+    with torch.no_grad():
+        for key, tensor in {**adapter_tensors(model, name), **_shared(made)}.items():
+            if key in values:  # shared ones may be left out of a file
+                tensor.copy_(values[key])
     made.trainable = trainable
+    for tensor in trained_tensors(model, name).values():
+        tensor.requires_grad_(trainable)
     made.forced_base = forced or (side is not None and side.forced_base)
     made.facts = dict(side.facts) if side is not None else {}
     made.notes += [*notes, *settings.notes]
@@ -241,11 +246,12 @@ def _resolved(model: nn.Module, settings: PeftSettings, stored: dict[str, Stored
     for path in saved:
         refuse_quantized(path, model.get_submodule(path))
     targets = selection.target_modules or tuple(
-        sorted({path for key in stored if (path := _adapted_path(key)) is not None})
+        sorted({path for key in stored if (path := _adapted_path(key, settings.leaf)) is not None})
     )
     selection = dataclasses.replace(selection, target_modules=targets, modules_to_save=saved)
+    cleared = {name: value for name, value in _NO_TARGETS.items() if hasattr(settings.config, name)}
     config = dataclasses.replace(
-        settings.config, target_modules=targets, modules_to_save=saved, **({} if targets else _NO_TARGETS)
+        settings.config, target_modules=targets, modules_to_save=saved, **({} if targets else cleared)
     )
     if selection.layers_pattern:  # ours has no such field: say the same in paths
         found = tuple(select_targets(model, selection, strict=False))
@@ -254,18 +260,29 @@ def _resolved(model: nn.Module, settings: PeftSettings, stored: dict[str, Stored
     return dataclasses.replace(settings, config=config, selection=selection)
 
 
-def _adapted_path(key: str) -> str | None:
-    path, mark, _ = key.rpartition(".lora_")
-    return path if mark else None
+def _adapted_path(key: str, leaf: str) -> str | None:
+    path, mark, _ = key.rpartition(f".{leaf}")
+    return path if mark and leaf else None
 
 
-def _expected_shapes(model: nn.Module, settings: PeftSettings) -> dict[str, tuple[int, ...]]:
-    method = method_of(settings.config)
+def _expected_shapes(
+    model: nn.Module, settings: PeftSettings, raw: dict[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    method: Any = method_of(settings.config)
+    targets = select_targets(model, settings.selection, strict=False)
     expected: dict[str, tuple[int, ...]] = {}
-    for path, base in select_targets(model, settings.selection, strict=False).items():
+    for path, base in targets.items():
         for leaf, shape in method.tensor_shapes(base, settings.config.at(path)).items():
             expected[f"{path}.{leaf}"] = shape
     for path in settings.selection.modules_to_save:
         for leaf, tensor in unwrapped(model.get_submodule(path)).named_parameters():
             expected[f"{path}.{leaf}"] = tuple(tensor.shape)
+    if targets and hasattr(method, "shared_shapes") and raw.get("save_projection", True):
+        shapes = method.shared_shapes(list(targets.values()), settings.config)
+        expected |= {f".{name}": shape for name, shape in shapes.items()}
     return expected
+
+
+def _shared(known: Adapter) -> dict[str, Tensor]:
+    """The tensors that an adapter's layers share, by their keys."""
+    return {} if known.shared is None else {f".{name}": t for name, t in known.shared.named_buffers()}

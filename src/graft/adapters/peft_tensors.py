@@ -17,9 +17,23 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """Stands before the path of every tensor."""
 
+SHARED = "base_model."
+"""Stands before the name of a tensor that belongs to all layers."""
+
+
+def full_name(key: str) -> str:
+    """The name of a tensor in the file by its key: a path in the model, or ".name" for a shared one."""
+    return SHARED.removesuffix(".") + key if key.startswith(".") else PREFIX + key
+
+
+def _key(name: str) -> str:
+    if name.startswith(PREFIX):
+        return name.removeprefix(PREFIX)
+    return "." + name.removeprefix(SHARED)
+
 
 def open_weights(directory: Path) -> dict[str, StoredTensor]:
-    """List the tensors of an adapter directory by their keys without the prefix; only headers are read.
+    """List the tensors of an adapter directory by their keys (`full_name`); only headers are read.
 
     Raises:
         AdapterError: There is no safetensors file, it is damaged, or it holds something else.
@@ -37,13 +51,13 @@ def open_weights(directory: Path) -> dict[str, StoredTensor]:
     except ModelError as error:
         raise AdapterError(error.what, where=error.where, fix="copy the adapter again") from error
     for tensor in found:
-        if not tensor.name.startswith(PREFIX) or not tensor.dtype.is_floating_point:
+        if not tensor.name.startswith(SHARED) or not tensor.dtype.is_floating_point:
             raise AdapterError(
                 f"{tensor.name!r} ({tensor.dtype}) is not a tensor of a PEFT adapter",
                 where=f"{path}, tensor {tensor.name!r}",
-                fix=f"keys start with {PREFIX!r} and hold floating point numbers",
+                fix=f"keys start with {SHARED!r} and hold floating point numbers",
             )
-    return {tensor.name.removeprefix(PREFIX): tensor for tensor in found}
+    return {_key(tensor.name): tensor for tensor in found}
 
 
 def match(
@@ -62,24 +76,24 @@ def match(
     if missing:
         near = closest(missing[0], [key for key in stored if key not in expected])
         raise AdapterError(
-            f"{len(missing)} of {len(expected)} tensors are missing; the first is {PREFIX + missing[0]!r}"
-            + (f", the nearest there {PREFIX + near!r}" if near else ""),
-            where=f"{file}, tensor {PREFIX + missing[0]!r}",
+            f"{len(missing)} of {len(expected)} tensors are missing; the first is {full_name(missing[0])!r}"
+            + (f", the nearest there {full_name(near)!r}" if near else ""),
+            where=f"{file}, tensor {full_name(missing[0])!r}",
             fix=fix,
         )
     extra = [key for key in stored if key not in expected]
     unknown = [key for key in extra if _base_tensor(model, key) is None]
     if unknown:
         raise AdapterError(
-            f"{len(unknown)} tensors have no place in the model; the first is {PREFIX + unknown[0]!r}",
-            where=f"{file}, tensor {PREFIX + unknown[0]!r}",
+            f"{len(unknown)} tensors have no place in the model; the first is {full_name(unknown[0])!r}",
+            where=f"{file}, tensor {full_name(unknown[0])!r}",
             fix=fix,
         )
     for key, shape in expected.items():
         if stored[key].shape != shape:
             raise AdapterError(
                 f"the shape is {list(stored[key].shape)}, model and settings make it {list(shape)}",
-                where=f"{file}, tensor {PREFIX + key!r}",
+                where=f"{file}, tensor {full_name(key)!r}",
                 fix=fix,
             )
     return extra
@@ -107,7 +121,7 @@ def check_base_copy(model: nn.Module, key: str, value: Tensor, file: Path) -> No
     if own.shape != value.shape or not torch.equal(own.detach().cpu().to(coarse), value.to(coarse)):
         raise AdapterError(
             "the file has a base weight of its own that differs from this base's (a grown vocabulary?)",
-            where=f"{file}, tensor {PREFIX + key!r}",
+            where=f"{file}, tensor {full_name(key)!r}",
             fix="load the base with that weight, or train the module with modules_to_save",
         )
 
@@ -123,9 +137,9 @@ def read_tensors(stored: dict[str, StoredTensor], side: SideFile | None, file: P
     except ModelError as error:
         raise AdapterError(error.what, where=error.where, fix="copy the adapter again") from error
     for key, value in values.items():
-        check_finite(value, PREFIX + key, str(file))
+        check_finite(value, full_name(key), str(file))
     if side is not None:
-        found = tensors_digest((PREFIX + key, value) for key, value in values.items())
+        found = tensors_digest((full_name(key), value) for key, value in values.items())
         if found != side.tensors:
             raise AdapterError(
                 f"the tensors were changed after the adapter was saved: digest {found[:12]}, "

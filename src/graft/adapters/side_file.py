@@ -33,6 +33,8 @@ class SideFile:
     """sha256 over adapter_config.json, but for the base's name."""
     forced_base: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
+    method: str = ""
+    """The adapter method, where adapter_config.json alone would be taken for another one."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, in a fixed order."""
@@ -43,6 +45,7 @@ class SideFile:
             "settings": self.settings,
             "forced_base": self.forced_base,
             "facts": self.facts,
+            **({"method": self.method} if self.method else {}),
         }
 
 
@@ -76,7 +79,12 @@ def read_side_file(directory: Path) -> SideFile | None:
             fix="restore it; without it the adapter loads, but its base is not checked",
         )
     return SideFile(
-        Fingerprint.from_dict(base), str(texts[0]), str(texts[1]), raw.get("forced_base") is True, facts
+        Fingerprint.from_dict(base),
+        str(texts[0]),
+        str(texts[1]),
+        raw.get("forced_base") is True,
+        facts,
+        str(raw.get("method", "")),
     )
 
 

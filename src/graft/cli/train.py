@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from graft.adapters.base import METHODS as ADAPTERS
 from graft.cli import answer
 from graft.config import Settings, build, did_you_mean, read_assignments, read_yaml
 from graft.errors import ConfigError, GraftError, StopRequested
@@ -24,8 +25,10 @@ METHODS: dict[str, dict[str, str | None]] = {
     "full": {"adapter": None, "quantization": None},
     "lora": {"adapter.method": "lora", "quantization": None},
     "qlora": {"adapter.method": "lora", "quantization.quant_type": "nf4"},
+    **{name: {"adapter.method": name} for name in ADAPTERS if name != "lora"},
 }
-"""What --method sets; it wins over the file, except that qlora keeps the quantization of the file."""
+"""What --method sets; it wins over the file, except that qlora keeps the quantization of the file. Adapter
+methods other than lora go with a quantization or without."""
 
 UNWANTED = {"full": {"adapter", "quantization"}, "lora": {"quantization"}}
 """Sections that a method is without: those of the file are left out, and told; those of --set are refused."""
@@ -41,7 +44,12 @@ def train(
     ] = None,
     eval_data: Annotated[str | None, typer.Option("--eval-data", help="Evaluation data.")] = None,
     method: Annotated[
-        str | None, typer.Option("--method", help="full, lora or qlora; without a config file lora.")
+        str | None,
+        typer.Option(
+            "--method",
+            help=f"full, lora, qlora, {', '.join(name for name in ADAPTERS if name != 'lora')}; without a "
+            "config file lora.",
+        ),
     ] = None,
     preset: Annotated[
         str | None,

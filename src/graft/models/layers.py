@@ -8,6 +8,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
+from graft.kernels.wide import is_wide, wide_linear
 from graft.models.packed_layers import decoded, is_packed, packed_sizes
 from graft.quant.linear import QuantizedLinear
 
@@ -103,6 +104,27 @@ class BaseLayer:
         if self.kind != "linear":
             weight = weight.t()
         return weight if dtype is None else weight.to(dtype)
+
+    def product(self, rows: Tensor) -> Tensor:
+        """Rows times W', without the bias and without gradient, computed in the dtype of the layer.
+
+        Args:
+            rows: `(n, in_features)`, few of them.
+
+        Returns:
+            `(n, out_features)` in the dtype of rows.
+
+        Cost: as a forward pass of n tokens; a quantized weight is decoded in parts or not at all.
+        """
+        with torch.no_grad():
+            if isinstance(self.module, QuantizedLinear):
+                made = self.module.product(rows, None, self.module.compute_dtype or self.module.dtype)
+                return made.to(rows.dtype)
+            weight = self.dense_weight(None)
+            if is_wide(weight.dtype, weight.device.type):
+                fill = lambda start, stop, out: out.copy_(weight[start:stop])  # noqa: E731 - one line
+                return wide_linear(rows.float(), self.out_features, fill).to(rows.dtype)
+            return (rows.to(weight.dtype) @ weight.t()).to(rows.dtype)
 
     def replace_weight(self, weight: Tensor) -> None:
         """Write a weight back in place, in the module's own layout and dtype; tied weights stay tied.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from graft import files
+from graft.adapters.attached import active_fixed_tensors
 from graft.errors import CheckpointError, StorageError
 from graft.runs import RunDirectory
 from graft.training.flat_state import Pending
@@ -246,7 +247,17 @@ def _check_log(run: RunDirectory, position: Position) -> None:
         )
 
 
-def copy_into(parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, Tensor], where: str) -> None:
+def stored_tensors(model: torch.nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a checkpoint holds: what trains, and what of the adapter was drawn once and stays.
+
+    Args:
+        model: That trains.
+        parameters: What trains, by name.
+    """
+    return {**parameters, **active_fixed_tensors(model)}
+
+
+def copy_into(parameters: Mapping[str, Tensor], stored: Mapping[str, Tensor], where: str) -> None:
     """Put stored values into the trained tensors.
 
     Raises:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from graft.adapters.attached import Adapter, active_adapters, adapter_tensors, adapters_of
+from graft.adapters import attached
+from graft.adapters.attached import Adapter, active_adapters, adapters_of
 from graft.config import to_dict
 from graft.data.loader import Kind, Loader
 from graft.data.prepare import Dataset
@@ -21,6 +22,12 @@ from graft.training.objectives import Classes, Objective, Preferences
 DEFAULT_RATES = {"adapter": 2e-4, "full": 2e-5, "preferences": 5e-6}
 """Full fine-tuning wants about a tenth of an adapter's learning rate (LoRA Without Regret, 2025); preferences
 want little (5e-6 in the alignment-handbook's QLoRA recipe for DPO)."""
+
+METHOD_RATES = {
+    "vera": (4e-3, "usual for VeRA, ten times LoRA's (arXiv:2310.11454)"),
+    "ia3": (3e-3, "usual for (IA)^3 (arXiv:2205.05638)"),
+}
+"""Learning rates of methods that train few numbers, each of which has to move far."""
 
 MAY_MOVE = ("output", "model.name", "data.train", "data.eval", "data.chat_template")
 """Fields that say where something lies; what lies there is compared by digest."""
@@ -60,7 +67,7 @@ def flat_settings(config: RunConfig) -> dict[str, Any]:
 def trained_tensors(model: nn.Module, adapter: Adapter | None) -> dict[str, nn.Parameter]:
     """What is trained, by name, in a fixed order; all of it in float32."""
     if adapter is not None:
-        found = adapter_tensors(model, adapter.name)
+        found = attached.trained_tensors(model, adapter.name)
         return {name: found[name] for name in sorted(found)}
     model.float()
     model.requires_grad_(True)
@@ -120,6 +127,9 @@ def learning_rate(config: TrainingConfig, adapter: Adapter | None) -> tuple[floa
         return config.learning_rate, f"{config.learning_rate:g}, as asked"
     if config.loss != "cross_entropy":
         return DEFAULT_RATES["preferences"], f"{DEFAULT_RATES['preferences']:g}: usual for preferences"
+    if adapter is not None and adapter.config.method in METHOD_RATES:
+        rate, reason = METHOD_RATES[adapter.config.method]
+        return rate, f"{rate:g}: {reason}"
     rate = DEFAULT_RATES["full" if adapter is None else "adapter"]
     return rate, f"{rate:g}: " + (
         "full fine-tuning wants about a tenth of an adapter's" if adapter is None else "usual for adapters"

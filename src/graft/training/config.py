@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NoReturn
 
-from graft.adapters.lora import LoraConfig
+from graft.adapters.base import AdapterConfig, config_classes
 from graft.config import Settings
 from graft.data.config import DataConfig
 from graft.errors import ConfigError
 from graft.quant.config import QuantizationConfig
+from graft.sections import variants
 from graft.training.contradictions import check_objective, check_run
 from graft.training.presets import check_filled_in, fill_in
 from graft.training.sizes import check_paging
@@ -315,8 +316,8 @@ class RunConfig:
     """The base model."""
     quantization: QuantizationConfig | None = None
     """How the base's linear layers are stored; null leaves them as they are."""
-    adapter: LoraConfig | None = None
-    """What is trained; null trains the whole model."""
+    adapter: AdapterConfig | None = field(default=None, metadata=variants(config_classes, "lora"))
+    """What is trained, by its method; null trains the whole model."""
     data: DataConfig = field(default_factory=DataConfig)
     """What it is trained on."""
     training: TrainingConfig = field(default_factory=TrainingConfig)

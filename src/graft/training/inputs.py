@@ -139,7 +139,7 @@ def load_base(
 
 def attach_adapter(base: BaseModel, config: RunConfig) -> None:
     """Put the adapter that the configuration asks for on a base; a classifier's head trains with it."""
-    wanted = config.adapter
+    wanted: Any = config.adapter
     if wanted is None:
         return
     if config.task == "classification" and HEAD not in wanted.modules_to_save:

@@ -21,7 +21,7 @@ from graft.training.audit import FILE as AUDIT
 from graft.training.audit import RECOVERY_FILE as RECOVERY_AUDIT
 from graft.training.audit import Audit
 from graft.training.audit_findings import Subject
-from graft.training.checkpoint import Checkpoint, Position, copy_into, save_checkpoint
+from graft.training.checkpoint import Checkpoint, Position, copy_into, save_checkpoint, stored_tensors
 from graft.training.figures import figures_of
 from graft.training.finite import check_finite
 from graft.training.groups import treatments
@@ -69,7 +69,7 @@ class Training:
         self.audit = Audit(self._subject(fresh=checkpoint is None and not job.save_start), job.config.audit)
         self._experts = [path for path, module in job.model.named_modules() if isinstance(module, Experts)]
         if checkpoint:
-            copy_into(job.parameters, checkpoint.trained, str(checkpoint.path))
+            copy_into(stored_tensors(job.model, job.parameters), checkpoint.trained, str(checkpoint.path))
             self.optimizer.load_state(checkpoint.optimizer)
             restore_random_state(checkpoint.random)
         else:
@@ -320,7 +320,7 @@ class Training:
             save_checkpoint(
                 self.job.run,
                 self.position,
-                self.job.parameters,
+                stored_tensors(self.job.model, self.job.parameters),
                 self.optimizer.pending_state(),
                 self.job.config.keep_checkpoints,
                 self.job.settings,

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from graft.adapters.lora import LoraConfig, pairs
+from graft.adapters.lora import LoraConfig
+from graft.adapters.settings import pairs
 from graft.config import Settings, did_you_mean
 from graft.errors import ConfigError
 
@@ -91,6 +92,9 @@ PRESETS: dict[str, tuple[Choice, ...]] = {
 }
 """The presets by name."""
 
+_LIKE_LORA = ("lora", "dora", "lora_fa")
+"""Methods for which LoRA's rank, alpha, dropout and targets are good; others keep their own defaults."""
+
 _UNLESS = {
     "training.warmup_ratio": ("training.warmup_steps",),
     "training.min_lr_ratio": ("training.lr_scheduler",),
@@ -113,6 +117,9 @@ def fill_in(settings: Settings) -> Settings:
         return settings  # none, or one that `check_filled_in` refuses
     whole = "adapter" in settings.values and settings.values["adapter"] is None
     given = {path for path, value in settings.values.items() if path not in ("adapter", "training")}
+    method = settings.values.get("adapter.method", settings.values.get("adapter"))
+    if isinstance(method, str) and method not in _LIKE_LORA:
+        given |= {f"adapter.{name}" for name in ("rank", "alpha", "dropout", "target_modules")}
     for choice in PRESETS[name]:
         blocked = any(other in given for other in _UNLESS.get(choice.path, ()))
         if choice.path in given or blocked or (whole and choice.path.startswith("adapter.")):
@@ -188,9 +195,9 @@ HIGHEST_RANK = 128
 SCALINGS = (0.25, 8.0)
 """Usual factors on B A: QLoRA has 16/64, the LoRA paper up to 32/4."""
 
-RATES = {"adapter": (1e-5, 2e-3), "full": (1e-6, 5e-4), "preferences": (1e-7, 1e-4)}
-"""Usual peak learning rates of AdamW. Adapters: 2e-4 (QLoRA) to 1e-3; the whole model a tenth of that;
-preferences 5e-7 for the whole model to 5e-5 for adapters."""
+RATES = {"adapter": (1e-5, 2e-3), "vectors": (1e-4, 3e-2), "full": (1e-6, 5e-4), "preferences": (1e-7, 1e-4)}
+"""Usual peak learning rates of AdamW. Vectors are those of VeRA and (IA)^3. Adapters: 2e-4 (QLoRA)
+to 1e-3; the whole model a tenth of that; preferences 5e-7 for the whole model to 5e-5 for adapters."""
 
 LION_SHARE = 1 / 3
 """Lion's learning rate over AdamW's: 3 to 10 times smaller (arXiv:2302.06675, section 5)."""
@@ -204,8 +211,8 @@ def unusual(config: RunConfig, rate: float) -> dict[str, str]:
         rate: The peak learning rate.
     """
     told = {}
-    adapter = config.adapter
-    if adapter is not None:
+    adapter: Any = config.adapter
+    if adapter is not None and adapter.method in _LIKE_LORA:
         ranks = [adapter.rank, *(int(rank) for rank in pairs(adapter.rank_pattern).values())]
         if max(ranks) > HIGHEST_RANK:
             told["unusual adapter.rank"] = (
@@ -232,5 +239,7 @@ def _usual_rates(config: RunConfig) -> tuple[float, float] | None:
     if config.training.optimizer == "sgd":
         return None
     kind = "full" if config.adapter is None else "adapter"
+    if config.adapter is not None and config.adapter.method in ("vera", "ia3"):
+        kind = "vectors"
     low, high = RATES["preferences" if config.training.loss != "cross_entropy" else kind]
     return (low * 0.1, high * LION_SHARE) if config.training.optimizer == "lion" else (low, high)

@@ -11,14 +11,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from graft.adapters.attach import install
-from graft.adapters.attached import Adapter, adapter_tensors
+from graft.adapters.attached import Adapter, all_tensors
 from graft.adapters.targets import Selection
 from graft.errors import ConfigError, TrainingError
 from graft.evaluate.loss import evaluate_loss
@@ -26,7 +24,14 @@ from graft.models.classifier import is_classifier, labels_of
 from graft.models.load import BaseModel
 from graft.models.packed import stored_method
 from graft.runs import LineLog, RunDirectory, read_lines
-from graft.training.checkpoint import Checkpoint, Position, copy_into, load_checkpoint, save_checkpoint
+from graft.training.checkpoint import (
+    Checkpoint,
+    Position,
+    copy_into,
+    load_checkpoint,
+    save_checkpoint,
+    stored_tensors,
+)
 from graft.training.choices import adapter_to_train
 from graft.training.config import RATES, RunConfig, TrainingConfig
 from graft.training.inputs import load_base
@@ -104,7 +109,7 @@ def to_dense_base(base: BaseModel, config: RunConfig, adapter: Adapter, monitor:
 
     Cost: the dense base is read once.
     """
-    values = {name: t.detach().cpu().clone() for name, t in adapter_tensors(base.model, adapter.name).items()}
+    values = {name: t.detach().cpu().clone() for name, t in all_tensors(base.model, adapter.name).items()}
     labels: Sequence[str] = labels_of(base.model) if is_classifier(base.model) else ()
     weights, base.model = base.fingerprint.weights, None
     gc.collect()
@@ -120,7 +125,7 @@ def to_dense_base(base: BaseModel, config: RunConfig, adapter: Adapter, monitor:
     selection = Selection(adapter.targets, modules_to_save=adapter.saved_modules)
     made = install(dense.model, adapter.config, selection, adapter.name, seed=None, strict=False)
     made.forced_base, made.facts = adapter.forced_base, adapter.facts
-    copy_into(adapter_tensors(dense.model, adapter.name), values, "the quantized phase")
+    copy_into(all_tensors(dense.model, adapter.name), values, "the quantized phase")
     base.model, base.fingerprint = dense.model, dense.fingerprint
     base.quantization, base.dtype = None, dense.dtype
 
@@ -175,7 +180,7 @@ def begin_recovery(job: Job, position: Position, quantized: float | None) -> Che
         )
     finally:
         log.close()
-    values: Mapping[str, Tensor] = job.parameters
+    values = stored_tensors(job.model, job.parameters)
     path = save_checkpoint(job.run, begun, values, {}, job.config.keep_checkpoints, job.settings)
     shown = "not measured: no evaluation data" if dense is None else f"{quantized:.4f} -> {dense:.4f}"
     job.monitor.say(f"recovery begins; evaluation loss on the quantized base -> on the dense one: {shown}")

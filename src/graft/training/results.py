@@ -20,7 +20,7 @@ from graft.models.load import BaseModel
 from graft.models.locate import rooted_name
 from graft.models.save import save_model
 from graft.runs import RunDirectory
-from graft.training.checkpoint import Position, copy_into, load_checkpoint
+from graft.training.checkpoint import Position, copy_into, load_checkpoint, stored_tensors
 from graft.training.config import RunConfig, TrainingConfig
 from graft.training.finite import check_finite
 from graft.training.job import Job
@@ -52,7 +52,7 @@ def use_best(job: Job, position: Position, config: TrainingConfig) -> str:
     if result_step(position, config) == position.step:
         return f"result: the weights after step {position.step}"
     checkpoint = load_checkpoint(job.run.checkpoint_path(best.step))
-    copy_into(job.parameters, checkpoint.trained, str(checkpoint.path))
+    copy_into(stored_tensors(job.model, job.parameters), checkpoint.trained, str(checkpoint.path))
     return f"result: the weights after step {best.step}, with the lowest evaluation loss ({best.loss:.4f})"
 
 

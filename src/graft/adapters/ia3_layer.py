@@ -1,0 +1,83 @@
+"""The (IA)^3 layer: y = l (W x + bias), or y = W (l x) + bias in feed-forward modules.
+
+Shapes: x (..., in), y (..., out), l (out, 1) or (1, in), as PEFT's files have it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from graft.models.layers import BaseLayer
+
+
+class Ia3Layer(nn.Module):
+    """A vector over the output or the input of a base layer.
+
+    Args:
+        width: Its length: that of y, or of x in feed-forward modules.
+        feedforward: Whether it multiplies the input.
+    """
+
+    additive = False
+
+    def __init__(self, width: int, *, feedforward: bool) -> None:
+        super().__init__()
+        self.feedforward = feedforward
+        self.ia3_l = nn.Parameter(torch.ones((1, width) if feedforward else (width, 1), dtype=torch.float32))
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in l."""
+        return self.ia3_l.numel()
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The trainable tensor by the name that PEFT files give it."""
+        return {"ia3_l": self.ia3_l}
+
+    def adapt_input(self, x: Tensor) -> Tensor:
+        """L x in feed-forward modules, else x itself.
+
+        The product is made in the wider dtype and rounded once: in 16 bits alone l would lose its last
+        digits.
+        """
+        return (x * self.ia3_l.view(-1)).to(x.dtype) if self.feedforward else x
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """Multiply the base output, but in feed-forward modules.
+
+        Args:
+            x: Not used.
+            base_output: (..., out), of what `adapt_input` gave.
+            base: The layer below.
+
+        Returns:
+            (..., out) in the dtype of base_output.
+        """
+        if self.feedforward:
+            return base_output
+        return (base_output * self.ia3_l.view(-1)).to(base_output.dtype)
+
+    def merged_weight(self, base: BaseLayer, weight: Tensor) -> Tensor:
+        """The weight with its rows, or its columns in feed-forward modules, multiplied.
+
+        Args:
+            base: The layer below.
+            weight: Its weight (out, in), fp32; not changed.
+        """
+        with torch.no_grad():
+            return weight * self.ia3_l.to(weight.device)
+
+    def merged_bias(self, base: BaseLayer, bias: Tensor) -> Tensor:
+        """The bias, which is multiplied with the output.
+
+        Args:
+            base: The layer below.
+            bias: Its bias (out,); not changed.
+        """
+        with torch.no_grad():
+            return bias if self.feedforward else bias * self.ia3_l.view(-1)
+
+    def idle(self, base: BaseLayer) -> bool:
+        """Whether all of l is one."""
+        return bool((self.ia3_l == 1).all())

@@ -1,0 +1,142 @@
+"""What the settings of all methods have in common: checks of their fields, patterns for single layers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from graft.errors import ConfigError
+
+MAX_RANK = 8192
+"""Largest rank accepted; beyond it a setting is taken for a mistake before it takes the memory."""
+
+
+def check_placement(config: Any) -> None:
+    """Check where an adapter goes: targets, blocks, and fields that need them.
+
+    Args:
+        config: Settings of any method.
+
+    Raises:
+        ConfigError: Nothing would train, a block number is none, or a field cannot act.
+    """
+    if not config.target_modules and not config.modules_to_save:
+        raise ConfigError("nothing to train", where="adapter.target_modules", fix='use "all-linear"')
+    if config.layers is not None and not _are_block_numbers(config.layers):
+        raise ConfigError(
+            f"layers {config.layers!r} are not block numbers",
+            where="adapter.layers",
+            fix="list numbers from 0, or leave it out for all blocks",
+        )
+    for field in ("exclude_modules", "layers", "rank_pattern", "alpha_pattern"):
+        value = getattr(config, field, None)
+        if value and not config.target_modules:
+            raise ConfigError(
+                f"{field} {value!r} cannot act: target_modules is empty",
+                where=f"adapter.{field}",
+                fix=f'leave {field} out, or name targets such as "all-linear"',
+            )
+
+
+def check_low_rank(config: Any) -> None:
+    """Check rank, alpha and dropout, and the patterns for single layers.
+
+    Args:
+        config: Settings that have these fields; dropout may be missing.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+    check_rank(config.rank, "adapter.rank")
+    check_alpha(config.alpha, "adapter.alpha")
+    check_dropout(getattr(config, "dropout", 0.0))
+    for item in config.rank_pattern:
+        check_rank(pair(item, "adapter.rank_pattern")[1], "adapter.rank_pattern")
+    for item in config.alpha_pattern:
+        check_alpha(pair(item, "adapter.alpha_pattern")[1], "adapter.alpha_pattern")
+
+
+def check_rank(rank: float, where: str) -> None:
+    """Check that a rank is a whole number in range.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if not is_number(rank) or rank != int(rank) or not 1 <= rank <= MAX_RANK:
+        raise ConfigError(
+            f"rank {rank!r} is not a whole number from 1 to {MAX_RANK}",
+            where=where,
+            fix="8 to 64 serve most tasks",
+        )
+
+
+def check_alpha(alpha: float, where: str) -> None:
+    """Check that an alpha is a positive number.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if not is_number(alpha) or alpha <= 0:
+        raise ConfigError(
+            f"alpha {alpha!r} is not a positive number", where=where, fix="twice the rank is usual"
+        )
+
+
+def check_dropout(dropout: float) -> None:
+    """Check that a dropout is a share.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if not is_number(dropout) or not 0 <= dropout < 1:
+        raise ConfigError(
+            f"dropout {dropout!r} is not in [0, 1)", where="adapter.dropout", fix="0.0 turns it off"
+        )
+
+
+def rank_and_alpha(config: Any, path: str) -> tuple[int, float]:
+    """Rank and alpha of one layer: as the first pattern that matches says, else those of all.
+
+    Args:
+        config: Settings with rank, alpha and patterns for both.
+        path: Dotted path of the layer in the model.
+    """
+    from graft.adapters.patterns import first_match
+
+    rank, alpha = config.rank, config.alpha
+    for item in first_match(config.rank_pattern, path):
+        rank = int(pair(item, "adapter.rank_pattern")[1])
+    for item in first_match(config.alpha_pattern, path):
+        alpha = pair(item, "adapter.alpha_pattern")[1]
+    return rank, alpha
+
+
+def pair(item: str, where: str) -> tuple[str, float]:
+    """Pattern and number of a "regex=number" item.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    pattern, equals, value = item.rpartition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not equals or not pattern or math.isnan(number):
+        raise ConfigError(f"{item!r} is not regex=number", where=where, fix='for example "q_proj=16"')
+    return pattern, number
+
+
+def pairs(items: tuple[str, ...]) -> dict[str, float]:
+    """The "regex=number" items of a pattern field as a mapping, in their order."""
+    return dict(pair(item, "adapter") for item in items)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_block_numbers(value: object) -> bool:
+    numbers = list(value) if isinstance(value, tuple | list) else []
+    return bool(numbers) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)

@@ -1,0 +1,130 @@
+"""Runs with every adapter method: audited, stopped and resumed to the same bits, merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from graft.adapters.attach import attach
+from graft.adapters.attached import fixed_tensors, trained_tensors
+from graft.adapters.base import METHODS, config_classes
+from graft.adapters.lora_fa import LoraFaConfig
+from graft.adapters.merge import merge
+from graft.adapters.vera import VeraConfig
+from graft.config import build, read_assignments
+from graft.models.load import load
+from graft.training.build import resume, run_from_config, train
+from graft.training.config import RunConfig
+from graft.training.loop import Training
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.txt"
+    path.write_text("".join(f"{i}: one and {i} more\n\n" for i in range(8)))
+    return path
+
+
+def config(directory: Path, rows: Path, out: Path, *more: str) -> RunConfig:
+    words = [f"model.name={directory}", f"data.train={rows}", f"output={out}", "training.max_steps=3"]
+    words += ["training.batch_size=2", "data.max_length=64", "training.save_steps=1", *more]
+    return build(RunConfig, read_assignments(words))
+
+
+class Killed(BaseException):
+    """Stands for a kill: nobody handles it."""
+
+
+def kill_before_step(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Training._step
+
+    def step(self: Training, batches: Any) -> None:
+        if self.position.step == number:
+            raise Killed
+        real(self, batches)
+
+    monkeypatch.setattr(Training, "_step", step)
+
+
+def tensors_of(adapter: Path | None) -> bytes:
+    assert adapter is not None
+    return (adapter / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_passes_its_audit_and_resumes_to_the_same_bits(
+    tiny_dir: Callable[..., Path],
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    quantized: bool,
+) -> None:
+    more = [f"adapter.method={name}", *(["quantization.quant_type=nf4"] if quantized else [])]
+    whole = run_from_config(config(tiny_dir("llama"), rows, tmp_path / "whole", *more))
+    with monkeypatch.context() as patch:
+        kill_before_step(2, patch)
+        with pytest.raises(Killed):
+            run_from_config(config(tiny_dir("llama"), rows, tmp_path / "killed", *more))
+    assert tensors_of(resume(tmp_path / "killed").adapter) == tensors_of(whole.adapter)
+    assert whole.adapter is not None
+    report = merge(whole.adapter, tmp_path / "merged")
+    gap = report.gap_dequantized if quantized else report.logit_gap
+    assert gap is not None
+    assert report.adapter_effect > 0
+    if not quantized:
+        assert gap < 1e-4
+
+
+@pytest.mark.parametrize("name", ["lora_fa", "vera"])
+def test_fixed_tensors_of_a_model_in_memory_come_back_with_the_checkpoint(
+    tiny_dir: Callable[..., Path],
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    """They follow from a seed that no configuration has, and without them the trained ones mean nothing."""
+    made: Any = LoraFaConfig(rank=4) if name == "lora_fa" else VeraConfig(rank=8)
+
+    def start() -> Any:
+        base = load(tiny_dir("llama"))
+        attach(base.model, made, seed=99)
+        with torch.no_grad():
+            for tensor in fixed_tensors(base.model).values():
+                tensor.mul_(1.25)
+        return base
+
+    how: dict[str, Any] = {"data": rows, "batch_size": 2, "max_steps": 3, "save_steps": 1}
+    whole = train(start(), output=tmp_path / "whole", **how)
+    with monkeypatch.context() as patch:
+        kill_before_step(2, patch)
+        with pytest.raises(Killed):
+            train(start(), output=tmp_path / "killed", **how)
+    assert tensors_of(resume(tmp_path / "killed").adapter) == tensors_of(whole.adapter)
+
+
+def test_what_is_frozen_is_neither_trained_nor_counted(tiny_dir: Callable[..., Path]) -> None:
+    model = load(tiny_dir("llama")).model
+    adapter = attach(model, LoraFaConfig(rank=4))
+    assert adapter.num_trainable == sum(tensor.numel() for tensor in trained_tensors(model).values())
+    assert all(key.endswith("lora_B.weight") for key in trained_tensors(model))
+    assert all(key.endswith("lora_A.weight") for key in fixed_tensors(model))
+    assert not any(tensor.requires_grad for tensor in fixed_tensors(model).values())
+
+
+def test_methods_of_vectors_have_rates_of_their_own(
+    tiny_dir: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    import json
+
+    for name in config_classes():
+        run = run_from_config(config(tiny_dir("llama"), rows, tmp_path / name, f"adapter.method={name}"))
+        derived = json.loads((run.directory / "run.json").read_text())["derived"]
+        told = " ".join(str(value) for value in derived.values())
+        assert ("usual for adapters" in told) == (name not in ("vera", "ia3"))
