@@ -28,8 +28,11 @@ FEW_IN_HEAP_BYTES = 1 << 20
 SPARE_BYTES = 256 << 20
 """Free memory at the heap's end that is not given back: the next passes take it."""
 
-STRIDE_BYTES = 64 << 20
-"""After so much was kept for the backward pass, the heap's holes are given back."""
+STRIDE_BYTES = 320 << 20
+"""After so much was kept for the backward pass or taken up by it, the heap's holes are given back."""
+
+SHORT_STRIDE_BYTES = 64 << 20
+"""The same where blocks are recomputed: less is kept, and memory counts more than time."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # their numbers in malloc.h
 

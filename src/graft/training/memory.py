@@ -12,7 +12,14 @@ from graft.errors import ConfigError
 from graft.models.lean import lean
 from graft.models.recipes import Kept, Recipes
 from graft.planner import Prediction, Step, predict, shapes_of
-from graft.training.allocator import FEW_IN_HEAP_BYTES, MOST_IN_HEAP_BYTES, TidyKept, tensors_in_heap
+from graft.training.allocator import (
+    FEW_IN_HEAP_BYTES,
+    MOST_IN_HEAP_BYTES,
+    SHORT_STRIDE_BYTES,
+    STRIDE_BYTES,
+    TidyKept,
+    tensors_in_heap,
+)
 from graft.training.monitors import memory_bytes
 from graft.training.offload import FilePlace, HostPlace, Offloaded
 from graft.training.paging import Paging
@@ -80,7 +87,8 @@ def store_of(job: Job) -> Kept:
     below = FEW_IN_HEAP_BYTES if where else MOST_IN_HEAP_BYTES
     in_heap = device.type == "cpu" and tensors_in_heap(below=below)
     if not where:
-        return TidyKept() if in_heap else Kept()
+        stride = SHORT_STRIDE_BYTES if every(job.config.gradient_checkpointing) else STRIDE_BYTES
+        return TidyKept(stride) if in_heap else Kept()
     lasting = [*job.model.parameters(), *job.model.buffers()]
     if device.type == "cpu":
         return Offloaded(FilePlace(where if isinstance(where, str) else job.run.path), lasting)
