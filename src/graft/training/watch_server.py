@@ -208,6 +208,10 @@ class Stream:
             told = json.loads(path.read_bytes())
             told.pop("tensors", None)
             state["audit"] = told
+        run = self._owner.run
+        if self._owner.logs_open.is_set() and run.record_path.is_file():
+            predicted = run.read_record().get("predicted_memory", {})
+            state["predicted_memory_bytes"] = predicted.get("peak_bytes")
         self._event("state", json.dumps(state))
 
     def _tell_lines(self) -> bool:

@@ -318,3 +318,5 @@ def test_a_whole_run_is_watched(
     assert [data["phase"] for name, _, data in seen if name == "state"][-1] == "finished"
     audit = [data["audit"] for name, _, data in seen if name == "state" and "audit" in data][-1]
     assert audit["passed"]
+    told = [data for name, _, data in seen if name == "state"][-1]["predicted_memory_bytes"]
+    assert told == json.loads((out / "run.json").read_text())["predicted_memory"]["peak_bytes"]
