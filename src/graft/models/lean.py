@@ -154,8 +154,8 @@ def lean(
 
 def _refuse_tile(model: nn.Module, tile: int) -> NoReturn:
     raise ModelError(
-        f"no MLP of {type(model).__name__} can work on {tile} tokens at a time: none is a gate, an up and a "
-        "down projection and nothing else",
+        f"no MLP of {type(model).__name__} can work on {tile} tokens at a time: none that is not trained "
+        "whole is a gate, an up and a down projection and nothing else",
         where="training.mlp_tile",
         fix="leave it out; training.gradient_checkpointing=full saves memory on any model",
     )

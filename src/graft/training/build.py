@@ -31,6 +31,7 @@ from graft.training.config import RunConfig
 from graft.training.inputs import (
     attach_adapter,
     check_labels,
+    check_places,
     load_base,
     prepare_data,
     rooted,
@@ -71,6 +72,7 @@ def run_from_config(config: RunConfig, monitor: Monitor | None = None) -> Run:
     monitor = monitor or Silent()
     config = rooted(config)
     check_names(config.training.trackers)
+    check_places(config)
     RunDirectory(config.output).check_new()
     with stop_at_once(*BEFORE_TRAINING):
         path = resolve(config.model.name, config.model.revision)
@@ -123,6 +125,7 @@ def resume(
         return done
     config = dataclasses.replace(rooted(config), output=str(path))
     check_names(config.training.trackers)
+    check_places(config)
     with run.lock():
         with stop_at_once("before it went on; its checkpoints stand", f"graft train --resume {path}"):
             train_data, eval_data = prepare_data(config, monitor)
@@ -219,6 +222,7 @@ def train(
     )
     config = rooted(config)
     check_names(config.training.trackers)
+    check_places(config)
     monitor = monitor or Silent()
     check_dense_base(config, base.path)
     RunDirectory(output).check_new()

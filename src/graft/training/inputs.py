@@ -44,6 +44,25 @@ def rooted(config: RunConfig) -> RunConfig:
     )
 
 
+def check_places(config: RunConfig) -> None:
+    """Refuse directories that are not there, before anything is made.
+
+    Args:
+        config: With full paths.
+
+    Raises:
+        ConfigError: One is missing or is no directory.
+    """
+    for name, otherwise in (("optimizer_spill", "leave it out"), ("activation_offload", "set it to true")):
+        place = getattr(config.training, name)
+        if isinstance(place, str) and not os.path.isdir(place):
+            raise ConfigError(
+                f"training.{name} names {place}, which is no directory",
+                where=f"training.{name}",
+                fix=f"make it, or {otherwise}: the file is then in the run's own directory",
+            )
+
+
 def within_context(config: RunConfig, model_config: Any, monitor: Monitor) -> RunConfig:
     """Samples no longer than what the model can see; beyond it there are no positions, or untrained ones."""
     context = context_tokens(model_config)

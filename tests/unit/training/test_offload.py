@@ -291,8 +291,11 @@ def test_a_run_with_the_setting_has_the_same_bits(
 def test_what_cannot_be(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="activation_offload"):
         settings("a", "training.activation_offload=''")
-    with pytest.raises(StorageError, match="nowhere"):
-        run_from_config(settings("b", f"training.activation_offload={tmp_path / 'nowhere'}"))
+    for name in ("activation_offload", "optimizer_spill"):
+        words = (f"training.{name}={tmp_path / 'nowhere'}", "training.optimizer_memory=100KB")
+        with pytest.raises(ConfigError, match=f"training.{name} names .*nowhere, which is no directory"):
+            run_from_config(settings("b", *words))
+        assert not (tmp_path / "b").exists()
     assert build(
         RunConfig, read_assignments(["training.activation_offloading=true"])
     ).training.activation_offload
