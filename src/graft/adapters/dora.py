@@ -6,13 +6,11 @@ is for each output. The norm is a constant in the backward pass (section 4.3 of 
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from graft.adapters.lora import LoraMethod
-from graft.adapters.settings import check_low_rank, check_placement, rank_and_alpha
+from graft.adapters.settings import LowRankSettings, check_low_rank, check_placement
 from graft.dialects import explained
 
 if TYPE_CHECKING:
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 
 @explained
 @dataclass(frozen=True, kw_only=True)
-class DoraConfig:
+class DoraConfig(LowRankSettings):
     """Which layers get a low-rank update of their directions and magnitudes of their own."""
 
     SHORTHAND = "method"
@@ -60,20 +58,6 @@ class DoraConfig:
     def __post_init__(self) -> None:
         check_low_rank(self)
         check_placement(self)
-
-    @property
-    def scaling(self) -> float:
-        """The factor on B A: alpha / rank, or alpha / sqrt(rank) with use_rslora."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-
-    def at(self, path: str) -> DoraConfig:
-        """The settings of one layer: rank and alpha as the patterns say, everything else as it is.
-
-        Args:
-            path: Dotted path of the layer in the model.
-        """
-        rank, alpha = rank_and_alpha(self, path)
-        return dataclasses.replace(self, rank=rank, alpha=alpha)
 
 
 class DoraMethod:

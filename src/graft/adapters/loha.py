@@ -6,11 +6,10 @@ W + scaling * (A1 B1) o (A2 B2), the product of two low-rank matrices number by 
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from graft.adapters.settings import check_low_rank, check_placement, rank_and_alpha
+from graft.adapters.settings import LowRankSettings, check_low_rank, check_placement
 from graft.dialects import explained
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 @explained
 @dataclass(frozen=True, kw_only=True)
-class LohaConfig:
+class LohaConfig(LowRankSettings):
     """Which layers get the product, number by number, of two low-rank matrices."""
 
     SHORTHAND = "method"
@@ -50,20 +49,6 @@ class LohaConfig:
     def __post_init__(self) -> None:
         check_low_rank(self)
         check_placement(self)
-
-    @property
-    def scaling(self) -> float:
-        """The factor on the update: alpha / rank."""
-        return self.alpha / self.rank
-
-    def at(self, path: str) -> LohaConfig:
-        """The settings of one layer: rank and alpha as the patterns say, everything else as it is.
-
-        Args:
-            path: Dotted path of the layer in the model.
-        """
-        rank, alpha = rank_and_alpha(self, path)
-        return dataclasses.replace(self, rank=rank, alpha=alpha)
 
 
 class LohaMethod:

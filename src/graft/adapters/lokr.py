@@ -5,11 +5,10 @@ W + scaling * kron(W1, W2), where W1 is small and W2 large, each dense or of low
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from graft.adapters.settings import check_low_rank, check_placement, rank_and_alpha
+from graft.adapters.settings import LowRankSettings, check_low_rank, check_placement
 from graft.dialects import explained
 from graft.errors import ConfigError
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 @explained
 @dataclass(frozen=True, kw_only=True)
-class LokrConfig:
+class LokrConfig(LowRankSettings):
     """Which layers get the Kronecker product of two small matrices."""
 
     SHORTHAND = "method"
@@ -62,20 +61,6 @@ class LokrConfig:
                 fix="-1 serves most layers",
             )
         check_placement(self)
-
-    @property
-    def scaling(self) -> float:
-        """The factor on the update: alpha / rank."""
-        return self.alpha / self.rank
-
-    def at(self, path: str) -> LokrConfig:
-        """The settings of one layer: rank and alpha as the patterns say, everything else as it is.
-
-        Args:
-            path: Dotted path of the layer in the model.
-        """
-        rank, alpha = rank_and_alpha(self, path)
-        return dataclasses.replace(self, rank=rank, alpha=alpha)
 
 
 def divided(size: int, factor: int) -> tuple[int, int]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from graft.adapters.settings import check_low_rank, check_placement, rank_and_alpha
+from graft.adapters.settings import LowRankSettings, check_low_rank, check_placement
 from graft.dialects import explained
 
 if TYPE_CHECKING:
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 
 @explained
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+class LoraConfig(LowRankSettings):
     """Which layers get a low-rank update W + scaling * B A, and how it starts."""
 
     SHORTHAND = "method"
@@ -55,22 +53,6 @@ class LoraConfig:
     def __post_init__(self) -> None:
         check_low_rank(self)
         check_placement(self)
-
-    @property
-    def scaling(self) -> float:
-        """The factor on B A: alpha / rank, or alpha / sqrt(rank) with use_rslora."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-
-    def at(self, path: str) -> LoraConfig:
-        """The settings of one layer: rank and alpha as the patterns say, everything else as it is.
-
-        Args:
-            path: Dotted path of the layer in the model.
-        """
-        rank, alpha = rank_and_alpha(self, path)
-        if (rank, alpha) == (self.rank, self.alpha):
-            return self
-        return dataclasses.replace(self, rank=rank, alpha=alpha)
 
 
 class LowRank(Protocol):

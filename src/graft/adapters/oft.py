@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from graft.adapters.settings import check_placement
+from graft.adapters.settings import SameEverywhere, check_placement
 from graft.dialects import explained
 from graft.errors import ConfigError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @explained
 @dataclass(frozen=True, kw_only=True)
-class OftConfig:
+class OftConfig(SameEverywhere):
     """Which layers get a rotation of their inputs, block by block."""
 
     SHORTHAND = "method"
@@ -51,14 +51,6 @@ class OftConfig:
                 fix="16 to 64 serve most layers",
             )
         check_placement(self)
-
-    def at(self, path: str) -> OftConfig:
-        """The settings of one layer: those of all.
-
-        Args:
-            path: Dotted path of the layer in the model.
-        """
-        return self
 
 
 class OftMethod:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any
+from typing import Any, Self
 
 from graft.errors import ConfigError
 
@@ -94,21 +95,50 @@ def check_dropout(dropout: float) -> None:
         )
 
 
-def rank_and_alpha(config: Any, path: str) -> tuple[int, float]:
-    """Rank and alpha of one layer: as the first pattern that matches says, else those of all.
+class LowRankSettings:
+    """What frozen settings with a rank, an alpha and a pattern for each can do."""
 
-    Args:
-        config: Settings with rank, alpha and patterns for both.
-        path: Dotted path of the layer in the model.
-    """
-    from graft.adapters.patterns import first_match
+    rank: int
+    alpha: float
+    rank_pattern: tuple[str, ...]
+    alpha_pattern: tuple[str, ...]
+    use_rslora: bool = False
 
-    rank, alpha = config.rank, config.alpha
-    for item in first_match(config.rank_pattern, path):
-        rank = int(pair(item, "adapter.rank_pattern")[1])
-    for item in first_match(config.alpha_pattern, path):
-        alpha = pair(item, "adapter.alpha_pattern")[1]
-    return rank, alpha
+    @property
+    def scaling(self) -> float:
+        """The factor on the update: alpha / rank, or alpha / sqrt(rank) with use_rslora."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def at(self, path: str) -> Self:
+        """The settings of one layer: rank and alpha as the first matching pattern says, the rest as is.
+
+        Args:
+            path: Dotted path of the layer in the model.
+        """
+        from graft.adapters.patterns import first_match
+
+        rank, alpha = self.rank, self.alpha
+        for item in first_match(self.rank_pattern, path):
+            rank = int(pair(item, "adapter.rank_pattern")[1])
+        for item in first_match(self.alpha_pattern, path):
+            alpha = pair(item, "adapter.alpha_pattern")[1]
+        if (rank, alpha) == (self.rank, self.alpha):
+            return self
+        own: Any = self
+        changed: Self = dataclasses.replace(own, rank=rank, alpha=alpha)
+        return changed
+
+
+class SameEverywhere:
+    """What settings that are the same for all layers can do."""
+
+    def at(self, path: str) -> Self:
+        """The settings of one layer: those of all.
+
+        Args:
+            path: Dotted path of the layer in the model.
+        """
+        return self
 
 
 def pair(item: str, where: str) -> tuple[str, float]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from graft.adapters.settings import check_dropout, check_placement, check_rank, is_number
+from graft.adapters.settings import SameEverywhere, check_dropout, check_placement, check_rank, is_number
 from graft.dialects import explained
 from graft.errors import ConfigError
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @explained
 @dataclass(frozen=True, kw_only=True)
-class VeraConfig:
+class VeraConfig(SameEverywhere):
     """Which layers get two trained vectors around a random pair of matrices that all of them share."""
 
     SHORTHAND = "method"
@@ -64,14 +64,6 @@ class VeraConfig:
                 fix="a whole number from 0",
             )
         check_placement(self)
-
-    def at(self, path: str) -> VeraConfig:
-        """The settings of one layer: those of all.
-
-        Args:
-            path: Dotted path of the layer in the model.
-        """
-        return self
 
 
 class VeraMethod:
