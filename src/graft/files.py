@@ -124,6 +124,28 @@ def scratch_file(directory: str | os.PathLike[str], num_bytes: int) -> int:
         return os.dup(file.fileno())
 
 
+def write_at(handle: int, memory: memoryview, place: int) -> None:
+    """Write bytes to a place of an open file, all of them.
+
+    Raises:
+        OSError: The disk refused.
+    """
+    while memory:
+        count = os.pwrite(handle, memory, place)
+        memory, place = memory[count:], place + count
+
+
+def read_at(handle: int, memory: memoryview, place: int) -> int:
+    """Fill memory from a place of an open file.
+
+    Returns:
+        Bytes that are missing because the file ends before.
+    """
+    while memory and (count := os.preadv(handle, [memory], place)):
+        memory, place = memory[count:], place + count
+    return len(memory)
+
+
 @contextlib.contextmanager
 def refusing(path: str | os.PathLike[str], num_bytes: int) -> Iterator[None]:
     """Within the block an error of the system says what could not be written, and how much room there is.

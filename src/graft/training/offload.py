@@ -49,7 +49,7 @@ class Place(Protocol):
 
 
 class _Slot:
-    """One memory that left: where it is, what comes before it, and how often it will be asked for."""
+    """One memory that left: its number in the order of leaving, where it is, its size."""
 
     def __init__(self, index: int, where: Any, num_bytes: int) -> None:
         self.index, self.where, self.num_bytes = index, where, num_bytes
@@ -187,12 +187,8 @@ class FilePlace:
             StorageError: The disk is full, or the directory cannot be written.
         """
         begin, size = self._end, len(numbers)
-        memory = numbers.numpy().data
         with files.refusing(self._directory / "scratch file", size):
-            handle = self._room_for(begin + size)
-            while memory:
-                count = os.pwrite(handle, memory, begin + size - len(memory))
-                memory = memory[count:]
+            files.write_at(self._room_for(begin + size), numbers.numpy().data, begin)
         self._end = begin + size
         return begin, size
 
@@ -210,17 +206,13 @@ class FilePlace:
         begin, size = where
         found = torch.empty(size, dtype=torch.uint8)
         memory = found.numpy().data
-        while memory:
-            count = (
-                0 if self._handle is None else os.preadv(self._handle, [memory], begin + size - len(memory))
+        missing = size if self._handle is None else files.read_at(self._handle, memory, begin)
+        if missing:
+            raise StorageError(
+                f"{missing:,} bytes of activations cannot be read back",
+                where=f"the scratch file in {self._directory}",
+                fix="look at the disk; `graft train --resume` goes on from the newest checkpoint",
             )
-            if not count:
-                raise StorageError(
-                    f"{len(memory):,} bytes of activations cannot be read back",
-                    where=f"the scratch file in {self._directory}",
-                    fix="look at the disk; `graft train --resume` goes on from the newest checkpoint",
-                )
-            memory = memory[count:]
         return found
 
     def clear(self) -> None:

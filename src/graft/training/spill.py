@@ -47,24 +47,18 @@ class SpillFile:
         Raises:
             StorageError: It cannot be read back.
         """
-        memory, place = into.numpy().data, self._begins[index]
-        while memory:
-            count = os.preadv(self._handle, [memory], place)
-            if not count:
-                raise StorageError(
-                    f"a page of the optimizer's state cannot be read back: {len(memory):,} bytes are missing",
-                    where=f"the spill file in {self._directory}",
-                    fix="look at the disk; `graft train --resume` goes on from the newest checkpoint",
-                )
-            memory, place = memory[count:], place + count
+        if missing := files.read_at(self._handle, into.numpy().data, self._begins[index]):
+            raise StorageError(
+                f"a page of the optimizer's state cannot be read back: {missing:,} bytes are missing",
+                where=f"the spill file in {self._directory}",
+                fix="look at the disk; `graft train --resume` goes on from the newest checkpoint",
+            )
 
     def write(self, index: int, buffer: Tensor) -> None:
         """Keep a page from host memory."""
-        memory, place = buffer.numpy().data, self._begins[index]
+        memory = buffer.numpy().data
         with files.refusing(Path(self._directory) / "scratch file", len(memory)):
-            while memory:
-                count = os.pwrite(self._handle, memory, place)
-                memory, place = memory[count:], place + count
+            files.write_at(self._handle, memory, self._begins[index])
 
     def close(self) -> None:
         """Close the file, which is then gone."""
