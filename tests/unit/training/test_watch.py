@@ -226,10 +226,16 @@ def test_a_viewer_that_does_not_read_hinders_nobody(
     write(watch, tmp_path, 1, 4)
     viewer = Viewer(watch)
     assert viewer.steps(4) == [1, 2, 3, 4]
+    # It goes on reading: what is left of the 10 MB would have it dropped as well.
+    reader = threading.Thread(target=lambda: list(viewer.events()), daemon=True)
+    reader.start()
     deadline = time.monotonic() + 10
     while watch._server._http.num_streams() > 1 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert watch._server._http.num_streams() == 1
+    watch.close("finished")
+    reader.join(10)
+    assert not reader.is_alive()
     viewer.close()
     dead.close()
 
