@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from graft import kernels
 from graft.data.loader import Batch, rounded_length
 from graft.errors import DataError
 from graft.evaluate.decoding import evaluating
@@ -90,7 +91,7 @@ def head_losses(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
         Losses in nats, (tokens,) fp32.
     """
     config: Any = model.config
-    size = max(1, CHUNK_LOGITS // config.get_text_config().vocab_size)
+    size = _whole_length(max(1, CHUNK_LOGITS // config.get_text_config().vocab_size))
     learning = torch.is_grad_enabled()
     if learning and hidden.requires_grad and _is_frozen(model):
         losses: Tensor = _FrozenHeadLosses.apply(hidden, model, targets, size)
@@ -110,22 +111,24 @@ class _FrozenHeadLosses(torch.autograd.Function):
     """Losses whose gradient to the hidden states is ready before the backward pass begins.
 
     Each loss depends on its own hidden state only, so the backward pass just weighs the rows. A chunk holds
-    its logits in the model's dtype, one copy in fp32 and their gradient.
+    its logits in the model's dtype and their gradient, and one copy in fp32 where there is no kernel.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, model: nn.Module, targets: Tensor, size: int) -> Tensor:
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
+        slope: Tensor | None = None
         for start in range(0, len(targets), size):
             chunk = slice(start, start + size)
             with torch.enable_grad():
                 leaf = hidden[chunk].detach().requires_grad_()
                 logits = _logits(model, leaf.view_as(leaf))  # hooks on the head cannot take a leaf here
-            losses[chunk], slope = _losses_and_slope(logits.detach(), targets[chunk])
-            slope = slope.to(logits.dtype)  # frees the wide one before the product
+            found = logits.detach()
+            slope = torch.empty_like(found) if slope is None else slope[: len(found)]
+            losses[chunk] = kernels.call("cross_entropy", found, targets[chunk], slope)
             (gradient[chunk],) = torch.autograd.grad(logits, leaf, slope)
-            del logits, slope
+            del logits, found
         ctx.save_for_backward(gradient)
         return losses
 
@@ -135,19 +138,14 @@ class _FrozenHeadLosses(torch.autograd.Function):
         return (gradient * weights[0][:, None]).to(gradient.dtype), None, None, None
 
 
+def _whole_length(size: int) -> int:
+    """The greatest length up to a size that is not padded; see rounded_length."""
+    return next((length for length in range(size, 0, -1) if rounded_length(length) == length), size)
+
+
 def _is_frozen(model: nn.Module) -> bool:
     head_module: Any = model
     return not any(p.requires_grad for p in head_module.get_output_embeddings().parameters())
-
-
-def _losses_and_slope(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each row and its derivative by the logits, softmax - one-hot, in one fp32 copy."""
-    slope = logits.to(torch.float32, copy=True)
-    top = slope.amax(-1, keepdim=True)
-    chosen = slope.gather(-1, targets[:, None]) - top
-    total = slope.sub_(top).exp_().sum(-1, keepdim=True)
-    slope.div_(total).scatter_add_(-1, targets[:, None], slope.new_full((len(targets), 1), -1.0))
-    return (total.log_() - chosen)[:, 0], slope
 
 
 def _logits(model: nn.Module, hidden: Tensor) -> Tensor:

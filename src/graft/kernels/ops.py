@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from graft.kernels import (
+    attention_checks,
+    checks,
+    elementwise_checks,
+    reference,
+    reference_attention,
+    reference_decode,
+    reference_elementwise,
+    reference_linear,
+)
 from graft.kernels import bits as reference_bits
-from graft.kernels import checks, reference, reference_decode, reference_linear
 from graft.kernels.cpu import backend as cpu
 from graft.kernels.table import REFERENCE, Backend, OpSpec, OpTable
 from graft.kernels.triton import backend as triton
@@ -64,6 +73,43 @@ _OPS: tuple[tuple[str, str, Callable[..., None], Callable[..., Any]], ...] = (
         "dL/dy W, W from its codes",
         checks.check_linear_backward,
         reference_linear.quantized_linear_backward,
+    ),
+    (
+        "attention",
+        "softmax(scale q k' + mask) v and the sums' logarithms",
+        attention_checks.check_attention,
+        reference_attention.attention,
+    ),
+    (
+        "attention_backward",
+        "gradients of q, k and v",
+        attention_checks.check_attention_backward,
+        reference_attention.attention_backward,
+    ),
+    (
+        "rms_norm",
+        "weight * x / sqrt(mean(x^2) + eps)",
+        elementwise_checks.check_norm,
+        reference_elementwise.rms_norm,
+    ),
+    (
+        "rms_norm_backward",
+        "gradient of x",
+        elementwise_checks.check_norm_backward,
+        reference_elementwise.rms_norm_backward,
+    ),
+    ("silu_product", "silu(gate) * up", elementwise_checks.check_gate, reference_elementwise.silu_product),
+    (
+        "silu_product_backward",
+        "gradients of gate and up",
+        elementwise_checks.check_gate_backward,
+        reference_elementwise.silu_product_backward,
+    ),
+    (
+        "cross_entropy",
+        "losses of rows of logits, and their derivative",
+        elementwise_checks.check_cross_entropy,
+        reference_elementwise.cross_entropy,
     ),
 )
 

@@ -3,12 +3,14 @@
 What transformers' modules leave behind for each token of a block of Llama's kind, in numbers: the norm's
 input once more in float32, its output, silu(gate), and silu(gate) * up. The stand-ins keep the norm's input,
 gate and up, which are needed in any case, and make the rest again by the same operations: outputs have the
-same bits, gradients too but for the order in which a norm's parts join that of the residual.
+same bits, gradients too but for the order in which a norm's parts join that of the residual. Where graft has
+kernels for them (bfloat16 on a CPU) they make each in one pass, and a norm's sums come in another order.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
@@ -16,8 +18,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
+from graft import kernels
 from graft.errors import ModelError
+from graft.kernels.cpu.elementwise import is_compiled
+from graft.kernels.reference_elementwise import rms_norm
 from graft.models.recipes import Cheap, Recipes, autocast_now
 from graft.models.stand_in import StandIn
 from graft.models.tiled import TiledMLP
@@ -34,15 +40,54 @@ _CHUNK_ELEMENTS = 1 << 17
 class LeanNorm(StandIn):
     """A norm over the last dimension that keeps its input, in the input's dtype, and nothing else."""
 
+    def __init__(self, original: nn.Module, recipes: Recipes) -> None:
+        super().__init__(original, recipes)
+        self.__dict__["eps"] = _eps_of_rms(original)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) to (..., size), as the original has it."""
         if not torch.is_grad_enabled():
             result: Tensor = self.original(x)
             return result
         trained = [p for p in self.original.parameters() if p.requires_grad]
-        output: Tensor = _Recomputed.apply(x, self.original, *trained)
+        if self.eps is not None and not trained and is_compiled(x):
+            weight, eps = self.weight, self.eps
+            output: Tensor = _RmsNorm.apply(x, weight, eps)
+            self.recipes.note("norm", output, lambda x: kernels.call("rms_norm", x, weight, eps=eps), x)
+            return output
+        output = _Recomputed.apply(x, self.original, *trained)
         self.recipes.note("norm", output, self.original, x)
         return output
+
+
+def _eps_of_rms(module: Any) -> float | None:
+    """What a norm adds to its mean square, where it is plain RMSNorm in bfloat16, by a probe to the bit."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    parameters = dict(module.named_parameters())
+    if not isinstance(eps, float) or parameters.keys() != {"weight"}:
+        return None
+    weight = parameters["weight"]
+    if not is_compiled(weight):
+        return None
+    x = torch.linspace(-2, 3, 2 * len(weight), device=weight.device).view(2, -1).to(weight.dtype)
+    with torch.no_grad():
+        return eps if torch.equal(module(x), rms_norm(x, weight, eps=eps)) else None
+
+
+class _RmsNorm(torch.autograd.Function):
+    """RMSNorm under a frozen weight; keeps its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight)
+        result: Tensor = kernels.call("rms_norm", x, weight, eps=eps)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return kernels.call("rms_norm_backward", grads[0], *ctx.saved_tensors, eps=ctx.eps), None, None
 
 
 class _Recomputed(torch.autograd.Function):
@@ -77,6 +122,12 @@ class _Recomputed(torch.autograd.Function):
 class GatedMLP(StandIn):
     """down_proj(act_fn(gate_proj(x)) * up_proj(x)) that keeps gate_proj's and up_proj's outputs only."""
 
+    def __init__(self, original: nn.Module, recipes: Recipes) -> None:
+        super().__init__(original, recipes)
+        probe = torch.linspace(-9, 9, 256)
+        is_silu = torch.equal(original.act_fn(probe), functional.silu(probe))  # type: ignore[operator]
+        self.__dict__["is_silu"] = is_silu
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., hidden size) to (..., hidden size)."""
         gate, up = self.gate_proj(x), self.up_proj(x)
@@ -84,14 +135,32 @@ class GatedMLP(StandIn):
         if not torch.is_grad_enabled():
             result: Tensor = self.down_proj(act(gate) * up)
             return result
-        inner: Tensor = _Gated.apply(gate, up, act)
-
-        def again(gate: Tensor, up: Tensor) -> Tensor:
-            return act(gate) * up
-
+        again: Cheap
+        if self.is_silu and is_compiled(gate):
+            inner: Tensor = _SiluProduct.apply(gate, up)
+            again = functools.partial(kernels.call, "silu_product")
+        else:
+            inner = _Gated.apply(gate, up, act)
+            again = lambda gate, up: act(gate) * up  # noqa: E731 - shorter than a def
         self.recipes.note("gated", inner, again, gate, up)
         output: Tensor = self.down_proj(inner)
         return output
+
+
+class _SiluProduct(torch.autograd.Function):
+    """silu(gate) * up in one pass, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        result: Tensor = kernels.call("silu_product", gate, up)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        found: tuple[Tensor, Tensor] = kernels.call("silu_product_backward", grads[0], *ctx.saved_tensors)
+        return found
 
 
 class _Gated(torch.autograd.Function):

@@ -20,6 +20,7 @@ from graft.config import closest
 from graft.dialects import explained
 from graft.errors import ModelError, QuantError
 from graft.models.architecture import build_empty, read_config
+from graft.models.attention import prefer_attention
 from graft.models.expert_files import split_fills
 from graft.models.experts import split_experts, unknown_stacks
 from graft.models.fingerprint import (
@@ -209,6 +210,7 @@ def _labelled(base: BaseModel) -> BaseModel:
     base.model.graft_revision = base.revision
     guard_save_pretrained(base.model)
     widen(base.model)
+    prefer_attention(base.model, base.dtype)
     return base
 
 

@@ -1,4 +1,4 @@
-"""Dense layers and attention of a model in halves on a processor that has no products of them.
+"""Dense layers of a model in halves on a processor that has no products of them.
 
 There every product of bfloat16 runs in a plain loop, see `graft.kernels.wide`. A model is loaded for such a
 machine with its weights in halves as ever, which is what fits, and its products made in float32.
@@ -14,13 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from graft.kernels.wide import is_wide, wide_linear, wide_linear_backward
-from graft.models.lean_attention import lean_attention, takes
 
 MIN_ROWS = 16
 """Rows of x from which making the weight wide pays; torch's plain loop keeps up with memory for fewer."""
-
-ATTENTION = "graft_wide"
-"""The name under which transformers knows the attention below."""
 
 
 class WideLinear(nn.Linear):
@@ -82,9 +78,6 @@ def widen(model: Any) -> int:
         ):
             model.set_submodule(path, _in_place_of(module))
             replaced += 1
-    if replaced and getattr(model.config, "_attn_implementation", None) == "sdpa":
-        _register_attention()
-        model.set_attn_implementation(ATTENTION)
     return replaced
 
 
@@ -92,48 +85,3 @@ def _in_place_of(module: nn.Linear) -> WideLinear:
     made = WideLinear(module.in_features, module.out_features, bias=False, device="meta")
     made.weight, made.bias = module.weight, module.bias
     return made.train(module.training)
-
-
-def _register_attention() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(ATTENTION, wide_attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
-def wide_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **settings: Any,
-) -> tuple[Tensor, None]:
-    """The `sdpa` of transformers, in float32 where the tensors are halves without products of their own.
-
-    Args:
-        module: The attention layer.
-        query: (B, heads, T, D).
-        key: (B, key heads, S, D).
-        value: (B, key heads, S, D).
-        attention_mask: As `sdpa` takes it.
-        settings: Dropout, scale and what else transformers passes.
-
-    Returns:
-        (B, T, heads, D) in query's dtype, and None.
-    """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if not is_wide(query.dtype, query.device.type):
-        plain: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, **settings
-        )
-        return plain
-    if takes(query, key, value, attention_mask, settings):
-        return lean_attention(query, key, value, attention_mask, settings.get("scaling")), None
-    if attention_mask is not None and attention_mask.is_floating_point():
-        attention_mask = attention_mask.float()
-    wide = (part.float() for part in (query, key, value))
-    output, _ = sdpa_attention_forward(module, *wide, attention_mask, **settings)
-    return output.to(query.dtype), None

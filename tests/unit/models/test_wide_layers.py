@@ -11,13 +11,16 @@ from torch import nn
 from graft.adapters.attach import attach
 from graft.adapters.lora import LoraConfig
 from graft.kernels import wide
+from graft.kernels.cpu import library
+from graft.models.attention import ATTENTION
 from graft.models.load import load
-from graft.models.wide_layers import ATTENTION, WideLinear, widen
+from graft.models.wide_layers import WideLinear, widen
 
 
 @pytest.fixture(autouse=True)
 def as_on_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wide, "_has_products", lambda dtype: False)
+    monkeypatch.setattr(library, "has_attention", lambda: False)
 
 
 def test_a_product_and_its_gradient_are_rounded_once() -> None:
@@ -102,4 +105,4 @@ def test_gradients_of_adapters_are_nearer_to_those_of_float32_than_plain_ones(
 def test_saving_writes_an_ordinary_model(tmp_path: Path) -> None:
     made = load("builtin", dtype="bfloat16")
     made.model.save_pretrained(tmp_path)
-    assert "graft_wide" not in (tmp_path / "config.json").read_text()
+    assert "attn_implementation" not in (tmp_path / "config.json").read_text()

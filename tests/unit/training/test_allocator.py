@@ -49,13 +49,29 @@ def test_what_the_user_has_chosen_stays(name: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_as_often_as_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[int] = []
-    monkeypatch.setattr(allocator, "give_back", given.append)
+    held, needed, given = [0], [0], []
+
+    def give_back() -> None:
+        given.append(held[0])
+        held[0] = needed[0]
+
+    monkeypatch.setattr(allocator, "give_back", give_back)
+    monkeypatch.setattr(allocator, "memory_bytes", lambda: held[0])
+    monkeypatch.setattr(allocator, "LOOK_BYTES", 800)
     store = TidyKept(stride_bytes=1000)
-    handle = store.put(torch.zeros(100))  # 400 bytes
-    store.get(handle)
-    assert not given
-    store.get(handle)
-    assert given == [allocator.SPARE_BYTES]
-    store.put(torch.zeros(250))
-    assert len(given) == 2
+
+    def step(holds: int, needs: int) -> list[int]:
+        """What was held each time that holes were given back, at two looks."""
+        held[0], needed[0] = holds, needs
+        before = len(given)
+        for _ in range(2):
+            handle = store.put(torch.zeros(100))  # 400 bytes
+            store.get(handle)
+        return given[before:]
+
+    assert step(5000, 5000) == []  # the first look: up to 6000 from now on
+    assert step(6000, 5000) == []
+    assert step(6001, 5500) == [6001]  # up to 6500
+    assert step(6500, 5500) == []
+    assert step(6501, 4000) == [6501]  # it does not fall
+    assert step(6499, 4000) == []

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from graft.errors import QuantError
 from graft.kernels import reference_decode
-from graft.kernels.cpu import library
+from graft.kernels.cpu import attention, elementwise, library
+from graft.kernels.cpu.address import address_of
 from graft.kernels.reference import Rounding
 from graft.kernels.reference_linear import take_scratch
 from graft.kernels.sizes import ABSMAX_BLOCKSIZE
@@ -47,6 +47,13 @@ def add_to(table: OpTable) -> None:
         decode_absmax,
         quantized_linear,
         quantized_linear_backward,
+        attention.attention,
+        attention.attention_backward,
+        elementwise.rms_norm,
+        elementwise.rms_norm_backward,
+        elementwise.silu_product,
+        elementwise.silu_product_backward,
+        elementwise.cross_entropy,
     ):
         table.register(fn.__name__, "cpu", fn)
 
@@ -154,9 +161,9 @@ def _fused_product(x: Tensor, weight: library.Weight, bias: Tensor | None, rows:
     bias = None if bias is None else bias.contiguous()
     product = library.Product(
         weight,
-        _address(x),
-        None if bias is None else _address(bias),
-        _address(y),
+        address_of(x),
+        None if bias is None else address_of(bias),
+        address_of(y),
         rows,
         in_features,
         out_features,
@@ -218,14 +225,14 @@ def _filler(weight: library.Weight, in_features: int, dtype: torch.dtype) -> Fil
 
     def fill(start: int, stop: int, out: Tensor) -> None:
         begin, end = start * in_features, stop * in_features
-        decode(ctypes.byref(weight), begin, end, _address(out), WIDE[dtype], False, torch.get_num_threads())
+        decode(ctypes.byref(weight), begin, end, address_of(out), WIDE[dtype], False, torch.get_num_threads())
 
     return fill
 
 
 def _decode(weight: library.Weight, begin: int, end: int, out: Tensor, *, past_cache: bool = False) -> None:
     decode, threads = library.library().graft_decode, torch.get_num_threads()
-    decode(ctypes.byref(weight), begin, end, _address(out), DTYPES[out.dtype], past_cache, threads)
+    decode(ctypes.byref(weight), begin, end, address_of(out), DTYPES[out.dtype], past_cache, threads)
 
 
 def _dense(
@@ -258,11 +265,11 @@ def _encode(
     shift = torch.empty_like(scale) if affine else None
     codebook = codebook.contiguous()
     encoding = library.Encoding(
-        _address(flat),
-        _address(scale),
-        None if shift is None else _address(shift),
-        _address(codes),
-        _address(codebook),
+        address_of(flat),
+        address_of(scale),
+        None if shift is None else address_of(shift),
+        address_of(codes),
+        address_of(codebook),
         num_elements,
         DTYPES[flat.dtype],
         bits,
@@ -271,18 +278,6 @@ def _encode(
     )
     library.library().graft_encode(ctypes.byref(encoding), torch.get_num_threads())
     return codes, scale, shift
-
-
-def _address(tensor: Tensor) -> int:
-    address = tensor.data_ptr()
-    if not address and tensor.numel():
-        kind = type(tensor).__name__
-        raise QuantError(
-            f"a {kind} {tuple(tensor.shape)} has no memory that a kernel could read or write",
-            where="cpu kernels",
-            fix="pass plain tensors, or call torch.ops.graft, which is known to torch's tracing modes",
-        )
-    return address
 
 
 def _weight(
@@ -300,7 +295,7 @@ def _weight(
     def address(tensor: Tensor) -> int:
         whole = tensor if tensor.is_contiguous() else tensor.contiguous()
         held.append(whole)
-        return _address(whole)
+        return address_of(whole)
 
     def per_block(parts: Sequence[Tensor]) -> library.PerBlock:
         if len(parts) < 4:

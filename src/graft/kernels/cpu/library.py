@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-VERSION = 4
+VERSION = 5
 """Of the functions' arguments; the library has to say the same."""
 
 SOURCES = Path(__file__).parent / "source"
@@ -59,6 +59,56 @@ class Product(ctypes.Structure):
     ]
 
 
+class Heads(ctypes.Structure):
+    """GraftHeads in source/graft.h."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("batch", "head", "row")),
+    ]
+
+
+class Attention(ctypes.Structure):
+    """GraftAttention in source/graft.h."""
+
+    _fields_ = [
+        *((name, Heads) for name in ("query", "key", "value", "output")),
+        *((name, Heads) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
+        *((name, ctypes.c_void_p) for name in ("sums", "mask")),
+        *((name, ctypes.c_int64) for name in ("mask_batch", "mask_row")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "key_heads", "length", "head_dim")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class Norm(ctypes.Structure):
+    """GraftNorm in source/graft.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "grad", "out")),
+        *((name, ctypes.c_int64) for name in ("rows", "width")),
+        ("eps", ctypes.c_float),
+    ]
+
+
+class Gate(ctypes.Structure):
+    """GraftGate in source/graft.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("gate", "up", "grad", "out", "out_up")),
+        ("count", ctypes.c_int64),
+    ]
+
+
+class Loss(ctypes.Structure):
+    """GraftLoss in source/graft.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("logits", "targets", "losses", "slope")),
+        *((name, ctypes.c_int64) for name in ("rows", "width")),
+    ]
+
+
 @cache
 def problem() -> str:
     """Why the library cannot be used, or ""."""
@@ -88,6 +138,18 @@ def library() -> ctypes.CDLL:
     ]
     loaded.graft_encode.argtypes = [ctypes.POINTER(Encoding), ctypes.c_int32]
     loaded.graft_product.argtypes = [ctypes.POINTER(Product), ctypes.c_int32]
+    loaded.graft_attention_bytes.argtypes = [ctypes.POINTER(Attention), ctypes.c_int32, ctypes.c_int32]
+    loaded.graft_attention_bytes.restype = ctypes.c_int64
+    loaded.graft_attention.argtypes = [
+        ctypes.POINTER(Attention),
+        ctypes.c_int32,
+        ctypes.c_void_p,
+        ctypes.c_int32,
+    ]
+    loaded.graft_attention.restype = None
+    for name, kind in (("rms_norm", Norm), ("silu_product", Gate), ("cross_entropy", Loss)):
+        function = getattr(loaded, f"graft_{name}")
+        function.argtypes, function.restype = [ctypes.POINTER(kind), ctypes.c_int32], None
     loaded.graft_decode.restype = loaded.graft_encode.restype = None
     loaded.graft_use_openmp.argtypes = [ctypes.c_void_p]
     loaded.graft_use_openmp(openmp_parallel())
@@ -100,6 +162,18 @@ def tier() -> str:
     return str(library().graft_tier().decode())
 
 
+@cache
+def has_attention() -> bool:
+    """Whether the instruction set that runs has attention."""
+    return bool(library().graft_attention_bytes(ctypes.byref(Attention()), 0, 1))
+
+
+@cache
+def has_elementwise() -> bool:
+    """Whether norm, gate and loss are compiled for the instruction set that runs."""
+    return bool(library().graft_has_elementwise())
+
+
 def tiers() -> list[str]:
     """The instruction sets that this machine can run, best first."""
     lib, found = library(), []
@@ -107,7 +181,7 @@ def tiers() -> list[str]:
         if lib.graft_force_tier(name.encode()):
             found.append(name)
     lib.graft_force_tier(None)
-    tier.cache_clear()
+    _forget_tier()
     return found
 
 
@@ -117,9 +191,15 @@ def force_tier(name: str | None) -> None:
     Raises:
         ValueError: This machine does not have it.
     """
-    tier.cache_clear()
+    _forget_tier()
     if not library().graft_force_tier(None if name is None else name.encode()):
         raise ValueError(f"this machine ({platform.machine()}) cannot run {name!r}")
+
+
+def _forget_tier() -> None:
+    tier.cache_clear()
+    has_attention.cache_clear()
+    has_elementwise.cache_clear()
 
 
 def shares_threads() -> bool:

@@ -58,6 +58,44 @@ struct GraftProduct {
   int32_t dtype;  // of x
 };
 
+// A tensor (batch, heads, length, head_dim) of bfloat16, dense in its last dimension; strides in elements.
+struct GraftHeads {
+  void* data;
+  int64_t batch, head, row;
+};
+
+struct GraftAttention {
+  GraftHeads query, key, value, output;
+  GraftHeads grad_output, grad_query, grad_key, grad_value;  // backward only
+  float* sums;                                               // (batch, heads, length) log of sum of exp
+  const uint8_t* mask;  // (batch, length, length) truth values, dense in the last; null: causal
+  int64_t mask_batch, mask_row;
+  int64_t batch, heads, key_heads, length, head_dim;
+  float scale;
+};
+
+// Of bfloat16; grad is null for the forward pass.
+struct GraftNorm {
+  const void *x, *weight, *grad;  // (rows, width), (width,), (rows, width)
+  void* out;                      // (rows, width)
+  int64_t rows, width;
+  float eps;
+};
+
+struct GraftGate {
+  const void *gate, *up, *grad;
+  void *out, *out_up;  // backward: the gradients of gate and of up
+  int64_t count;
+};
+
+struct GraftLoss {
+  const void* logits;      // (rows, width)
+  const int64_t* targets;  // (rows,)
+  float* losses;
+  void* slope;  // (rows, width), or null
+  int64_t rows, width;
+};
+
 }  // extern "C"
 
 namespace graft {
@@ -76,6 +114,39 @@ struct Rounding {
   uint8_t beyond[4];      // read with the last of them, four at once
 };
 
+// Attention in tiles of kTile queries by kTile keys; lengths are padded with zeros to whole tiles.
+constexpr int64_t kTile = 64;
+constexpr int64_t kChunk = 8 * kTile;  // keys whose scores are in memory at once, for a tile of queries
+
+enum TileKind : uint8_t { kEmpty = 0, kPartial = 1, kFull = 2 };
+
+// What the threads of one call share. Tiles are (outer, inner): queries by keys, backward keys by queries.
+struct AttentionShared {
+  int64_t tiles;           // in the padded length
+  const uint64_t* bits;    // (batch, outer rows, tiles of the inner): which of a tile's columns count; or null
+  const uint8_t* kinds;    // (batch, tiles, tiles)
+  int64_t bits_batch, kinds_batch;
+  uint32_t* keys;          // forward: (batch, key heads) of packed keys and values
+  uint32_t* values;
+  float* parts;            // backward: gradients of keys, then of values, by (batch, heads); null: summed at once
+};
+
+struct AttentionTier {
+  int64_t (*forward_bytes)(const GraftAttention&);   // of one thread
+  int64_t (*backward_bytes)(const GraftAttention&);
+  void (*pack)(const GraftAttention&, const AttentionShared&, int64_t task);             // of batch * key heads
+  void (*forward)(const GraftAttention&, const AttentionShared&, int64_t task, char*);   // batch * heads * tiles
+  // Of batch * key heads, or of batch * heads where there are parts, which `join` then sums for batch * key heads.
+  void (*backward)(const GraftAttention&, const AttentionShared&, int64_t task, char*);
+  void (*join)(const GraftAttention&, const AttentionShared&, int64_t task);
+};
+
+struct ElementwiseTier {
+  void (*norm)(const GraftNorm&, int64_t begin, int64_t end);  // rows
+  void (*gate)(const GraftGate&, int64_t begin, int64_t end);  // numbers
+  void (*loss)(const GraftLoss&, int64_t begin, int64_t end);  // rows
+};
+
 struct Tier {
   const char* name;
   // Elements [begin, end) of a weight; begin starts a block. `past_cache`: out is aligned to 64 bytes and will not
@@ -89,7 +160,11 @@ struct Tier {
   // Bytes of x_wide, 0 where x is used as it is; and how it is filled.
   int64_t (*wide_bytes)(const GraftProduct&);
   void (*widen)(const GraftProduct&, void* x_wide);
+  const ElementwiseTier* elementwise;  // null where torch's own is faster
+  const AttentionTier* attention;      // null where there is none
 };
+
+const Tier& current_tier();
 
 const Rounding& rounding_of(const float* codebook, int32_t bits);
 void parallel(int64_t count, int32_t num_threads, void (*body)(void*, int64_t), void* context);

@@ -45,10 +45,7 @@ const std::vector<const Tier*>& tiers() {
 
 std::atomic<const Tier*> chosen{nullptr};
 
-const Tier& tier() {
-  const Tier* forced = chosen.load();
-  return forced ? *forced : *tiers().front();
-}
+const Tier& tier() { return current_tier(); }
 
 // Fresh memory costs more than the decoding: 512 page faults become one.
 void advise_huge(void* out, int64_t num_bytes) {
@@ -77,12 +74,18 @@ void over_elements(int64_t begin, int64_t end, int32_t num_threads, Run run) {
 }
 
 }  // namespace
+
+const Tier& current_tier() {
+  const Tier* forced = chosen.load();
+  return forced ? *forced : *tiers().front();
+}
+
 }  // namespace graft
 
 using graft::Rounding;
 using graft::Tier;
 
-GRAFT_API int32_t graft_version() { return 4; }
+GRAFT_API int32_t graft_version() { return 5; }
 
 GRAFT_API const char* graft_tier() { return graft::tier().name; }
 

@@ -1,6 +1,7 @@
 // The tier for x86 since 2013: AVX2, FMA, F16C, BMI2.
 
 #include <immintrin.h>
+#include <math.h>
 #include <string.h>
 
 #include "graft.h"
@@ -51,8 +52,17 @@ static inline void gather(const uint8_t* codes, int64_t count, const float* tabl
 #include "avx2_encode.h"
 #include "avx2_product.h"
 
+constexpr int kWide = 8;
+
+template <class Lanes>
+static inline Lanes fused(Lanes a, Lanes b, Lanes c) {
+  return (Lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+
+#include "elementwise.h"
+
 }  // namespace
 
-extern const Tier avx2_tier = {"avx2", decode_all, encode_all, multiply_all, wide_bytes, widen_product};
+extern const Tier avx2_tier = {"avx2", decode_all, encode_all, multiply_all, wide_bytes, widen_product, &elementwise, nullptr};
 
 }  // namespace graft

@@ -715,8 +715,19 @@ static void product(const GraftProduct& p, const Rounding& r, int64_t begin, int
   if (p.weight.bits == 8) product_of_bits<8>(p, r, begin, end, p.x);
 }
 
+#include "avx512_attention.h"
+
+constexpr int kWide = 16;
+
+template <class Lanes>
+static inline Lanes fused(Lanes a, Lanes b, Lanes c) {
+  return (Lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+
+#include "elementwise.h"
+
 }  // namespace
 
-extern const Tier avx512_tier = {"avx512", decode, encode, product, wide_bytes, widen};
+extern const Tier avx512_tier = {"avx512", decode, encode, product, wide_bytes, widen, &elementwise, &attention};
 
 }  // namespace graft

@@ -57,6 +57,6 @@ static inline void gather(const uint8_t* codes, int64_t count, const float* tabl
 #define GRAFT_BASELINE "scalar"
 #endif
 
-extern const Tier baseline_tier = {GRAFT_BASELINE, decode, encode, product, wide_bytes, widen};
+extern const Tier baseline_tier = {GRAFT_BASELINE, decode, encode, product, wide_bytes, widen, nullptr, nullptr};
 
 }  // namespace graft
