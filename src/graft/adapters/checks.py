@@ -177,7 +177,15 @@ def _check_additive(base: BaseLayer, layer: Any, x: Tensor, label: str) -> None:
     with torch.no_grad():
         plain = base.module(x)
         gap = float((layer(x, plain + 1, base) - 1 - layer(x, plain.clone(), base)).abs().max())
-    assert gap <= TOLERANCE, f"{label}: the update depends on the base output: set additive = False"
+        assert gap <= TOLERANCE, f"{label}: the update depends on the base output: set additive = False"
+        weight, zeros = base.dense_weight(), torch.zeros(base.out_features, base.in_features)
+        update = layer.merged_weight(base, zeros)
+        gap = float((layer.merged_weight(base, weight) - weight - update).abs().max())
+        assert gap <= TOLERANCE, f"{label}: what merged_weight() adds depends on the weight"
+        if hasattr(layer, "update_factors"):
+            down, up = layer.update_factors()
+            gap = float((up @ down - update).abs().max())
+            assert gap <= TOLERANCE, f"{label}: update_factors() is off the update by {gap:.2e}"
 
 
 def _check_merge(base: BaseLayer, layer: Any, x: Tensor, label: str) -> None:
