@@ -242,8 +242,12 @@ def set_active(
 
 
 def _weights(names: Any, chosen: tuple[str, ...], weights: Sequence[float]) -> dict[str, float]:
-    """The weights that are not one, by name."""
-    values = list(weights) if isinstance(weights, Sequence) and not isinstance(weights, str) else [weights]
+    """The weights that are not one, by name.
+
+    Raises:
+        AdapterError: They are not one finite number for each name.
+    """
+    values: list[Any] = list(weights) if isinstance(weights, Sequence) else [weights]
     if len(values) != len(chosen) or (not isinstance(names, str) and len(chosen) != len(names or ())):
         raise AdapterError(
             f"{len(values)} weights {values!r} for the adapters {', '.join(chosen) or 'none'}",

@@ -1,4 +1,4 @@
-"""Adapters composed into a new one, exactly in delta space: sums, truncation, TIES, DARE, pruning, resizing."""
+"""Adapters composed into a new one in delta space: exact sums, truncation, TIES, DARE, pruning, resizing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ComposedLayer:
     rank: int
     """Of the result; 0 where nothing is left, and the layer is no target."""
     error: float
-    """||delta - written||_F / ||delta||_F, where delta is what the operation asks for."""
+    """||delta - written||_F / ||delta||_F, measured, where delta is what the operation asks for."""
     norm: float
     """||delta||_F."""
 
@@ -97,8 +97,8 @@ def compose(
 
     Raises:
         ConfigError: The operation does not go with the adapters or its settings.
-        AdapterError: An adapter is damaged, does not fit, is of a method that does not add up or trains modules
-            in full; or nothing is left of all of them together.
+        AdapterError: An adapter is damaged, does not fit, is of a method that does not add up or trains
+            modules in full; or nothing is left of all of them together.
         FingerprintError: They belong to different bases.
         StorageError: `out` exists or cannot be written.
 
@@ -139,14 +139,16 @@ def compose(
     if empty:
         notes.append(f"{len(empty)} of {len(layers)} layers cancel out and are left out: {_some(empty)}")
     told = tuple(_told(parent, weight) for parent, weight in parents)
-    lineage = {key: value for key, value in to_dict(config).items() if value not in (None, [], ())}
-    composed.write(directory, {**facts, LINEAGE: {**lineage, "weights": list(weights), "parents": list(told)}})
+    error = joined_error([layer.error for layer in layers], [layer.norm for layer in layers])
+    settings = {key: value for key, value in to_dict(config).items() if value not in (None, [], ())}
+    lineage = {**settings, "weights": list(weights), "error": error, "parents": list(told)}
+    composed.write(directory, {**facts, LINEAGE: lineage})
     return ComposeReport(
         directory=directory,
         operation=config.operation,
         parents=told,
         layers=tuple(layers),
-        error=joined_error([layer.error for layer in layers], [layer.norm for layer in layers]),
+        error=error,
         num_parameters=composed.num_parameters,
         num_bytes=(directory / WEIGHTS).stat().st_size,
         bytes_before=sum(parent.num_bytes for parent in family.parents),
@@ -159,14 +161,18 @@ def _check_saved(config: ComposeConfig, parents: Sequence[Parent]) -> None:
     for parent in parents:
         if parent.saved and config.operation != "resize":
             raise AdapterError(
-                f"it trains {_some(parent.saved)} in full: {config.operation} is not defined on whole modules",
+                f"it trains {_some(parent.saved)} in full; {config.operation} is not defined on modules",
                 where=str(parent.directory),
                 fix="resize keeps them as they are; else compose adapters without modules_to_save",
             )
 
 
 def _paths(family: Family, config: ComposeConfig) -> list[str]:
-    """The layers that any of the adapters adapts, in the order of the model."""
+    """The layers that any of the adapters adapts, in the order of the model.
+
+    Raises:
+        ConfigError: An item of rank_pattern matches none of them.
+    """
     found = {path for parent in family.parents for path in parent.opened.targets}
     for item in config.rank_pattern:
         if not any(list(first_match((item,), path)) for path in found):
@@ -189,11 +195,12 @@ def _composed(
     numbers = [number for number, _, _ in taking]
     delta = _combined(config, deltas, weights, _generators(config, path, numbers))
     size = norm(delta)
-    if size <= NOISE * scale:
+    product = _factored(path, config, delta, scale) if size > NOISE * scale else None
+    if product is None or not product.rank:
         return ComposedLayer(path=path, ranks_before=ranks, rank=0, error=0.0, norm=0.0)
-    product, error = _factored(path, config, delta, scale)
-    composed.add(path, product)
-    return ComposedLayer(path=path, ranks_before=ranks, rank=product.rank, error=error, norm=size)
+    written = composed.add(path, product)
+    error = norm(weighted_sum([delta, written], [1.0, -1.0])) / size
+    return ComposedLayer(path=path, ranks_before=ranks, rank=written.rank, error=error, norm=size)
 
 
 def _generators(config: ComposeConfig, path: str, numbers: Sequence[int]) -> Iterator[Any]:
@@ -208,7 +215,9 @@ def _combined(
         return weighted_sum(deltas, weights)
     density = config.density or 1.0
     if config.operation in SEEDED:
-        thin = [sparsify.drop(dense(one), density, drawn) for one, drawn in zip(deltas, generators, strict=True)]
+        thin = [
+            sparsify.drop(dense(one), density, drawn) for one, drawn in zip(deltas, generators, strict=True)
+        ]
     else:
         thin = [sparsify.trim(dense(one), density) for one in deltas]
     if config.operation in ELECTING:
@@ -216,17 +225,12 @@ def _combined(
     return weighted_sum(thin, weights)
 
 
-def _factored(path: str, config: ComposeConfig, delta: Delta, scale: float) -> tuple[Product, float]:
-    """The factors to write, and the relative error that they bring."""
-    if not config.truncates and isinstance(delta, Product) and delta.rank <= min(_sides(delta)):
-        return delta, 0.0
+def _factored(path: str, config: ComposeConfig, delta: Delta, scale: float) -> Product:
+    """The factors to write; those that are there already where no rank is cut and none is beyond need."""
+    if not config.truncates and isinstance(delta, Product) and not delta.is_wide:
+        return delta
     found = spectrum(delta, scale)
-    rank = _rank(path, config, found)
-    return found.truncated(rank), found.error(rank)
-
-
-def _sides(delta: Product) -> tuple[int, int]:
-    return len(delta.up), delta.down.shape[1]
+    return found.truncated(_rank(path, config, found))
 
 
 def _rank(path: str, config: ComposeConfig, found: Spectrum) -> int:
@@ -240,7 +244,7 @@ def _rank(path: str, config: ComposeConfig, found: Spectrum) -> int:
 def _told(parent: Parent, weight: float) -> dict[str, Any]:
     side = parent.told.side
     return {
-        "name": parent.directory.resolve().name,
+        "name": _name(parent.directory.resolve()),
         "method": parent.method,
         "weight": weight,
         "tensors": parent.digest,
@@ -248,6 +252,11 @@ def _told(parent: Parent, weight: float) -> dict[str, Any]:
         "bytes": parent.num_bytes,
         "facts": side.facts if side is not None else {},
     }
+
+
+def _name(directory: Path) -> str:
+    """Of a run's adapter the run is what tells."""
+    return f"{directory.parent.name}/{directory.name}" if directory.name == "adapter" else directory.name
 
 
 def _some(paths: Sequence[str]) -> str:

@@ -58,7 +58,9 @@ def save_active(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         if isinstance(module, AdaptedLayer) and names:
             _add(composed, path, module, {name: active[name] for name in names})
     if not composed.factors:
-        raise AdapterError("nothing is left: the updates cancel out", where="model", fix="the base does the same")
+        raise AdapterError(
+            "nothing is left: the updates cancel out", where="model", fix="the base does the same"
+        )
     facts, _ = common_facts(one.facts for one in known)
     parents = [_told(model, one, active[one.name]) for one in known]
     lineage = {"operation": "cat", "weights": list(active.values()), "parents": parents}
@@ -82,10 +84,11 @@ def _add(composed: Composed, path: str, module: AdaptedLayer, weights: dict[str,
     delta = weighted_sum(deltas, factors)
     if norm(delta) <= NOISE * scale:
         return
-    if not isinstance(delta, Product) or delta.rank > min(module.base.in_features, module.base.out_features):
+    if not isinstance(delta, Product) or delta.is_wide:
         found = spectrum(delta, scale)
         delta = found.truncated(len(found.values))
-    composed.add(path, delta)
+    if delta.rank:
+        composed.add(path, delta)
 
 
 def _told(model: nn.Module, known: Any, weight: float) -> dict[str, Any]:

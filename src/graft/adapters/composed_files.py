@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from graft.adapters.attached import Adapter
@@ -46,8 +45,8 @@ class Composed:
     """Modules trained in full, by the names in the file."""
     saved_paths: tuple[str, ...] = ()
 
-    def add(self, path: str, product: Product) -> None:
-        """Take up the delta of a layer.
+    def add(self, path: str, product: Product) -> Product:
+        """Take up the delta of a layer; returns it as it will be written, rounded to float32.
 
         Raises:
             AdapterError: Its rank is beyond what settings accept.
@@ -58,7 +57,9 @@ class Composed:
                 where=path,
                 fix="use svd with a rank or an energy",
             )
-        self.factors[path] = (product.down.float().contiguous(), product.up.float().contiguous())
+        down, up = product.down.float().contiguous(), product.up.float().contiguous()
+        self.factors[path] = (down, up)
+        return Product(down.double(), up.double())
 
     @property
     def num_parameters(self) -> int:
@@ -117,7 +118,7 @@ def lora_config(ranks: Mapping[str, int], saved: tuple[str, ...] = ()) -> LoraCo
 
 
 def common_facts(parents: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], list[str]]:
-    """How prompts are written, where all parents that say so agree, and notes on what they do not agree on."""
+    """How prompts are written, where all parents that say so agree, and notes where they do not."""
     found = [facts for facts in parents if facts]
     common, notes = {}, []
     for name in _OF_THE_BASE:

@@ -11,7 +11,17 @@ from graft.dialects import explained
 from graft.errors import ConfigError
 
 Operation = Literal[
-    "cat", "svd", "add", "subtract", "negate", "scale", "resize", "ties", "dare", "dare_ties", "magnitude_prune"
+    "cat",
+    "svd",
+    "add",
+    "subtract",
+    "negate",
+    "scale",
+    "resize",
+    "ties",
+    "dare",
+    "dare_ties",
+    "magnitude_prune",
 ]
 
 OPERATIONS: tuple[str, ...] = get_args(Operation)
@@ -46,8 +56,8 @@ class ComposeConfig:
     rank: int | None = None
     """Largest rank of a layer of the result; what is beyond is cut off by SVD."""
     energy: float | None = None
-    """In place of rank: the share of each layer's squared Frobenius norm that is kept, by the smallest rank that
-    does; 1 keeps all."""
+    """In place of rank: the share of each layer's squared Frobenius norm that is kept, by the smallest rank
+    that does; 1 keeps all."""
     rank_pattern: tuple[str, ...] = ()
     """Other ranks for some layers, each "regex=rank"; matched with the end of the path, first one counts."""
     density: float | None = None
@@ -123,7 +133,9 @@ def _check_weights(config: ComposeConfig) -> None:
             raise ConfigError("weight 0 takes no part", where=where, fix="leave that adapter out")
     if config.weights and config.operation in _UNWEIGHTED:
         raise ConfigError(
-            f"{config.operation} takes no weights", where=where, fix="cat and svd are weighted sums; scale has one"
+            f"{config.operation} takes no weights",
+            where=where,
+            fix="cat and svd are weighted sums; scale has one",
         )
     if config.operation == "scale" and not config.weights:
         raise ConfigError("scale needs a weight", where=where, fix="such as --weights 0.5")
@@ -175,11 +187,15 @@ def _check_thinning(config: ComposeConfig) -> None:
             )
     elif config.density is not None:
         raise ConfigError(
-            f"density cannot act on {operation}", where="compose.density", fix=f"it is for {', '.join(THINNED)}"
+            f"density cannot act on {operation}",
+            where="compose.density",
+            fix=f"it is for {', '.join(THINNED)}",
         )
     if config.majority is not None and operation not in ELECTING:
         raise ConfigError(
-            f"majority cannot act on {operation}", where="compose.majority", fix=f"it is for {', '.join(ELECTING)}"
+            f"majority cannot act on {operation}",
+            where="compose.majority",
+            fix=f"it is for {', '.join(ELECTING)}",
         )
     if config.majority not in (None, "total", "frequency"):
         raise ConfigError(
@@ -192,4 +208,6 @@ def _check_thinning(config: ComposeConfig) -> None:
             fix=f"it is for {', '.join(SEEDED)}",
         )
     if config.seed is not None and (isinstance(config.seed, bool) or not isinstance(config.seed, int)):
-        raise ConfigError(f"seed {config.seed!r} is not a whole number", where="compose.seed", fix="such as 0")
+        raise ConfigError(
+            f"seed {config.seed!r} is not a whole number", where="compose.seed", fix="such as 0"
+        )

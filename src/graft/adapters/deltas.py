@@ -1,4 +1,4 @@
-"""The change that an adapter makes to one layer's weight: exactly, in float64, as two factors where it has them.
+"""The change that an adapter makes to one layer's weight: in float64, as two factors where it has them.
 
 Shapes: delta (out, in) = up (out, n) times down (n, in).
 """
@@ -29,6 +29,11 @@ class Product:
     def rank(self) -> int:
         """Rows of down: the rank of the delta, or more."""
         return len(self.down)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the factors are larger than what any matrix of this shape needs."""
+        return self.rank > min(len(self.up), self.down.shape[1])
 
 
 Delta = Product | Tensor

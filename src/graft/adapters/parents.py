@@ -1,4 +1,4 @@
-"""The adapters that a composition is made of: opened over one base, checked against each other, read by layer."""
+"""The adapters that a composition is made of: opened over one base, checked together, read by layer."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ def open_family(
         force_base: Accept adapters of different bases.
 
     Raises:
-        AdapterError: One of them is damaged, does not fit the base, or is of a method whose changes do not add
-            up; the base is not named.
+        AdapterError: One of them is damaged, does not fit the base, or is of a method whose changes do not
+            add up; the base is not named.
         FingerprintError: They belong to different bases.
         ModelError: The base is not there.
 
@@ -156,7 +156,7 @@ def _open(model: nn.Module, told: Description) -> Parent:
     parent = Parent(told, opened, digest, _shared(config, opened))
     if not is_additive(parent.layer(next(iter(opened.targets)))):
         raise AdapterError(
-            f"it is {config.method}, whose change depends on the base's own weight: it has no delta that adds up",
+            f"it is {config.method}: its change depends on the base's own weight and does not add up",
             where=str(told.directory),
             fix="fold it into its base with graft merge; LoRA and other additive methods can be composed",
         )
@@ -177,7 +177,11 @@ def _shared(config: Any, opened: Opened) -> nn.Module | None:
 def _common_base(
     sides: Sequence[SideFile | None], told: Sequence[Description], force: bool
 ) -> tuple[Fingerprint, bool, list[str]]:
-    """The fingerprint that the adapters share, whether that was forced, and what to tell."""
+    """The fingerprint that the adapters share, whether that was forced, and what to tell.
+
+    Raises:
+        FingerprintError: They share none.
+    """
     known = [(side.base, one.directory) for side, one in zip(sides, told, strict=True) if side is not None]
     notes = [
         f"{one.directory.name} has no {FILE}: which base it was trained on is not known"
@@ -215,7 +219,7 @@ def _differ(one: Fingerprint, other: Fingerprint, part: str) -> bool:
 
 def _copies(parents: Sequence[Parent]) -> list[str]:
     return [
-        f"{parent.directory.name} repeats base weights ({', '.join(parent.opened.copies[:3])}); they are left out"
+        f"{parent.directory.name} repeats base weights, left out: {', '.join(parent.opened.copies[:3])}"
         for parent in parents
         if parent.opened.copies
     ]

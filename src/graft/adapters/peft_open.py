@@ -1,4 +1,4 @@
-"""An adapter directory in PEFT's format read, checked and matched with a model, without putting it into one."""
+"""An adapter directory in PEFT's format read, checked and matched with a model, and put into none."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ def trim(delta: Tensor, density: float) -> Tensor:
 
     Args:
         delta: Any shape.
-        density: Share that is kept, rounded down to a whole number of at least one; those that are as large as
-            the smallest kept one stay too.
+        density: Share that is kept, rounded down to a whole number of at least one; those that are as large
+            as the smallest kept one stay too.
 
     Source: TIES, arXiv:2306.01708, sec. 4.1, per layer.
     """

@@ -1,4 +1,4 @@
-"""The best approximation of a delta in a given rank: its leading singular triplets (Eckart and Young, 1936)."""
+"""The best approximation of a delta in a given rank: its leading singular triplets (Eckart, Young, 1936)."""
 
 from __future__ import annotations
 
@@ -24,16 +24,6 @@ class Spectrum:
     """(n,), falling; those that are noise are left out."""
     right: Tensor
     """(n, in), orthonormal rows."""
-
-    @property
-    def norm(self) -> float:
-        """The Frobenius norm of the delta."""
-        return float(torch.linalg.vector_norm(self.values))
-
-    def error(self, rank: int) -> float:
-        """What is lost in a rank: ||delta - truncated||_F / ||delta||_F, from the tail of the values."""
-        total = self.norm
-        return float(torch.linalg.vector_norm(self.values[rank:])) / total if total else 0.0
 
     def rank_for(self, energy: float) -> int:
         """The smallest rank that keeps so large a share of ||delta||_F^2; at least 1.

@@ -1,4 +1,4 @@
-"""A base model's layers and their shapes without its weights: enough to read adapters, in almost no memory."""
+"""A base model's layers and their shapes without its weights: enough to read adapters by."""
 
 from __future__ import annotations
 
