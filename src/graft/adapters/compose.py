@@ -111,9 +111,7 @@ def compose(
     if isinstance(adapters, str | os.PathLike) or not isinstance(adapters, Sequence):
         adapters = [adapters]
     config.check_count(len(adapters))
-    directory = directory_of(out, "out")
-    if directory.exists():
-        raise StorageError("already exists", where=str(directory), fix="choose another name or remove it")
+    directory = new_place(out)
     family = open_family(adapters, base, force_base=force_base)
     _check_saved(config, family.parents)
     weights = config.factors(len(adapters))
@@ -155,6 +153,19 @@ def compose(
         forced_base=family.forced_base,
         notes=(*family.notes, *notes),
     )
+
+
+def new_place(out: str | os.PathLike[str]) -> Path:
+    """Where a composed adapter is to go.
+
+    Raises:
+        AdapterError: It is no path.
+        StorageError: Something is there already.
+    """
+    directory = directory_of(out, "out")
+    if directory.exists():
+        raise StorageError("already exists", where=str(directory), fix="choose another name or remove it")
+    return directory
 
 
 def _check_saved(config: ComposeConfig, parents: Sequence[Parent]) -> None:

@@ -70,6 +70,7 @@ def compose(
 ) -> None:
     """Combine adapters on their true deltas, or cut the rank of one; the result is a plain LoRA for PEFT."""
     from graft.adapters.compose import compose as write
+    from graft.adapters.compose import new_place
     from graft.adapters.composition import ComposeConfig
     from graft.cli.opening import adapter_directory
 
@@ -89,6 +90,7 @@ def compose(
     )
     parents = [found for path in adapters if (found := adapter_directory(path)) is not None]
     config.check_count(len(parents))
+    new_place(out)
     scale = None if data is None else _Scale(parents[0], data, fields, base, batch_size or 16)
     before = {} if scale is None else scale.before(parents, force_base)
     with _bar() as progress:
