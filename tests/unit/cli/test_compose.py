@@ -147,7 +147,7 @@ def test_mistakes(pair, rows, tmp_path, capsys):
         (("cat", pair[0], str(tmp_path / "nowhere")), "AdapterError", "nowhere", "restore"),
         (("cat", *pair, "--data", str(tmp_path / "none.jsonl")), "StorageError", "none.jsonl", ""),
         (("cat", *pair, "--base", str(tmp_path / "none")), "ModelError", "", ""),
-        (("cat",), "ConfigError", "command line", "graft compose --help"),
+        (("cat",), "ConfigError", "command line", "compose --help"),
     ]
     for words, kind, where, fix in cases:
         code, told = answer(capsys, *words, "--out", str(out))
