@@ -150,7 +150,7 @@ def test_pefts_sums_of_factors_are_not_sums_of_deltas(
         path: float((delta - wanted[path]).norm() / wanted[path].norm())
         for path, delta in deltas(linear, "mixed").items()
     }
-    assert min(off.values()) > 0.5, off
+    assert min(off.values()) > 0.9, off  # as much as the sum itself
     # What is off is exactly the cross terms, with sqrt(w s) on every factor.
     for path, module in linear.named_modules():
         if path not in off:
@@ -162,7 +162,7 @@ def test_pefts_sums_of_factors_are_not_sums_of_deltas(
         torch.testing.assert_close(deltas(linear, "mixed")[path] - wanted[path], cross, atol=1e-6, rtol=1e-5)
     compose(pair, ComposeConfig(operation="ties", weights=WEIGHTS, density=0.3, energy=1), tmp_path / "t")
     ties = theirs(directory, pair, "ties", density=0.3)
-    assert gap(deltas(ties, "mixed"), deltas(ours(directory, tmp_path / "t"), "default")) > 0.5
+    assert gap(deltas(ties, "mixed"), deltas(ours(directory, tmp_path / "t"), "default")) > 0.9
 
 
 def test_ranks_of_single_layers_load_in_peft(

@@ -153,7 +153,7 @@ def _open(model: nn.Module, told: Description) -> Parent:
             where=str(told.directory / WEIGHTS),
             fix="copy the adapter again; the file is damaged",
         )
-    parent = Parent(told, opened, digest, _shared(config, opened))
+    parent = Parent(told, opened, digest, _shared(config, opened, told.directory / WEIGHTS))
     if not is_additive(parent.layer(next(iter(opened.targets)))):
         raise AdapterError(
             f"it is {config.method}: its change depends on the base's own weight and does not add up",
@@ -163,14 +163,16 @@ def _open(model: nn.Module, told: Description) -> Parent:
     return parent
 
 
-def _shared(config: Any, opened: Opened) -> nn.Module | None:
+def _shared(config: Any, opened: Opened, file: Path) -> nn.Module | None:
     build = getattr(method_of(config), "build_shared", None)
     if build is None:
         return None
     shared: nn.Module = build(list(opened.targets.values()), config)
     for name, buffer in shared.named_buffers():
         if f".{name}" in opened.stored:  # they may be left out of a file
-            buffer.copy_(opened.stored[f".{name}"].load())
+            tensor = opened.stored[f".{name}"].load()
+            check_finite(tensor, full_name(f".{name}"), str(file))
+            buffer.copy_(tensor)
     return shared
 
 
