@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import graft.models.load as models
 from graft.adapters import deltas, sparsify
 from graft.adapters.attach import attach
-from graft.adapters.attached import trained_tensors
+from graft.adapters.attached import fixed_tensors, trained_tensors
 from graft.adapters.compose import ComposeReport, compose
 from graft.adapters.composition import OPERATIONS, ComposeConfig
 from graft.adapters.dora import DoraConfig
@@ -50,6 +50,8 @@ def write(directory: Path, config: Any, out: Path, seed: int, **facts: Any) -> P
     with torch.no_grad():
         for tensor in trained_tensors(base.model).values():
             tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
+        for tensor in fixed_tensors(base.model).values():  # the file tells them, not the seed
+            tensor.mul_(-1.5)
     return save_adapter(base.model, out, facts=facts)
 
 
