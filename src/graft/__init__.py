@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Adapter": "graft.adapters.attached",
     "BaseModel": "graft.models.load",
+    "ComposeConfig": "graft.adapters.composition",
     "DataConfig": "graft.data.config",
     "DoraConfig": "graft.adapters.dora",
     "GenerationConfig": "graft.evaluate.generate",
@@ -30,6 +31,7 @@ _HOMES = {
     "adapters_of": "graft.adapters.attached",
     "as_classifier": "graft.models.classifier",
     "attach": "graft.adapters.attach",
+    "compose": "graft.adapters.compose",
     "detach": "graft.adapters.attach",
     "disabled": "graft.adapters.attached",
     "generate": "graft.evaluate.generate",
@@ -38,6 +40,7 @@ _HOMES = {
     "merge": "graft.adapters.merge",
     "quantize": "graft.models.quantize",
     "resume": "graft.training.build",
+    "save_active": "graft.adapters.compose_live",
     "save_adapter": "graft.adapters.peft_format",
     "set_active": "graft.adapters.attached",
     "train": "graft.training.build",

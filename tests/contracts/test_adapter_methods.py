@@ -72,6 +72,11 @@ class _Broken(LoraMethod):
         if self.how == "writes into the weight":
             merged = layer.merged_weight
             layer.merged_weight = lambda base, weight: weight.copy_(merged(base, weight))
+        if self.how == "another update on zeros":
+            merged = layer.merged_weight
+            layer.merged_weight = lambda base, weight: merged(base, weight) * (1 if weight.any() else 2)
+        if self.how == "factors" and isinstance(layer, LoraLinear):
+            layer.update_factors = lambda: (layer.lora_A, layer.lora_B)  # the scaling is missing
         return layer
 
     def tensor_shapes(self, base: Any, config: Any) -> Any:
@@ -88,6 +93,8 @@ class _Broken(LoraMethod):
         ("frozen", "no gradient|does not require grad"),
         ("merge", "merged and live"),
         ("writes into the weight", "changed the weight"),
+        ("another update on zeros", "depends on the weight"),
+        ("factors", "update_factors"),
         ("shapes", "tensor_shapes"),
     ],
 )

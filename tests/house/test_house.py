@@ -15,6 +15,7 @@ import pytest
 
 import graft
 from graft.adapters.base import config_classes
+from graft.adapters.composition import ComposeConfig
 from graft.adapters.lora import LoraConfig
 from graft.config import build, read_yaml
 from graft.data.config import DataConfig
@@ -24,7 +25,15 @@ from graft.training.config import ModelConfig, RunConfig, TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTERS = tuple(config_classes().values())
-CONFIGS = (RunConfig, ModelConfig, TrainingConfig, DataConfig, *ADAPTERS, QuantizationConfig)
+CONFIGS = (
+    RunConfig,
+    ModelConfig,
+    TrainingConfig,
+    DataConfig,
+    *ADAPTERS,
+    ComposeConfig,
+    QuantizationConfig,
+)
 
 
 def modules_after(code: str) -> set[str]:

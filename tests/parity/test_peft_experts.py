@@ -167,3 +167,29 @@ def test_stacks_that_cannot_be_read_are_refused(base_dir: Callable[[str], Path],
     edited(tmp_path / "adapter", target_parameters=["experts.down_proj"])
     with pytest.raises(AdapterError, match="the shape is"):
         graft.load_adapter(load(base_dir("qwen3_moe")).model, tmp_path / "adapter", force_base=True)
+
+
+def test_adapters_of_experts_are_composed(base_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    base = load(base_dir("mixtral"))
+    for name, rank in (("one", 2), ("two", 3)):
+        config = graft.LoraConfig(rank=rank, target_modules=("q_proj", *LEAVES["mixtral"]))
+        graft.attach(base.model, config, name, seed=rank)
+        noisy(adapter_tensors(base.model, name).values())
+        graft.save_adapter(base.model, tmp_path / name, name)
+    graft.set_active(base.model, ["one", "two"], [0.7, -0.5])
+    live = logits(base.model)
+    config = graft.ComposeConfig(operation="cat", weights=(0.7, -0.5))
+    graft.compose([tmp_path / "one", tmp_path / "two"], config, tmp_path / "mixed")
+    theirs = peft.PeftModel.from_pretrained(fused(base_dir("mixtral")), tmp_path / "mixed").eval()
+    close(logits(theirs), live)
+    stacks = peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]
+    )
+    of_peft = peft.get_peft_model(fused(base_dir("mixtral")), stacks).eval()
+    noisy(tensor for name, tensor in of_peft.named_parameters() if "lora_" in name)
+    of_peft.save_pretrained(tmp_path / "stacks")
+    resized = graft.ComposeConfig(operation="resize", energy=1.0)
+    graft.compose(tmp_path / "stacks", resized, tmp_path / "single", base=base_dir("mixtral"))
+    fresh = load(base_dir("mixtral"))
+    graft.load_adapter(fresh.model, tmp_path / "single")
+    close(logits(fresh.model), logits(of_peft))

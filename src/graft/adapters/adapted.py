@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -28,10 +29,14 @@ class AdaptedLayer(nn.Module):
         self.base = base
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
+        self.weights: dict[str, float] = {}
+        """Factors on the updates of additive adapters; one where missing."""
         self.train(base.module.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """The base output with the active adapters' updates: x (..., in) to (..., out)."""
+        if any(name in self.weights for name in self.active):
+            return self._weighted(x)
         layers: list[Any] = [self.adapters[name] for name in self.active]
         if len(layers) > 1 and not all(is_additive(layer) for layer in layers):
             return self._summed(x, layers)
@@ -51,10 +56,30 @@ class AdaptedLayer(nn.Module):
         plain: Tensor = self.base_layer(x)
         total = plain
         for layer in layers:
-            given = _given(layer, x)
-            below = plain.clone() if given is x else self.base_layer(given)
-            total = total + (layer(given, below, self.base) - plain)
+            total = total + self._change(x, plain, layer)
         return total
+
+    def _weighted(self, x: Tensor) -> Tensor:
+        """The base output and each layer's change times its weight.
+
+        Cost: a tensor of the output's size for each layer.
+        """
+        plain: Tensor = self.base_layer(x)
+        total = plain
+        for name in self.active:
+            layer: Any = self.adapters[name]
+            if is_additive(layer):
+                change = layer(x, torch.zeros_like(plain), self.base)
+                total = torch.add(total, change, alpha=self.weights.get(name, 1.0))
+            else:
+                total = total + self._change(x, plain, layer)
+        return total
+
+    def _change(self, x: Tensor, plain: Tensor, layer: Any) -> Tensor:
+        given = _given(layer, x)
+        below = plain.clone() if given is x else self.base_layer(given)
+        changed: Tensor = layer(given, below, self.base) - plain
+        return changed
 
     def activate(self, names: tuple[str, ...]) -> None:
         """Let those of the named adapters act that this layer has."""

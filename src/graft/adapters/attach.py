@@ -11,6 +11,7 @@ from graft.adapters.adapted import AdaptedLayer, SavedModule, unwrapped
 from graft.adapters.attached import (
     Adapter,
     Attachments,
+    active_weights,
     adapter,
     adapter_modules,
     adapter_tensors,
@@ -254,7 +255,8 @@ def detach(model: nn.Module, name: str = "default") -> None:
     """
     adapter(model, name)
     record = attachments(model)
-    set_active(model, [other for other in record.active if other != name])
+    left = {other: weight for other, weight in active_weights(model).items() if other != name}
+    set_active(model, list(left), list(left.values()))
     del record.adapters[name]
     for path, module in adapter_modules(model).items():
         holder = module.copies if isinstance(module, SavedModule) else module.adapters

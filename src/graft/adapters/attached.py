@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.adapters.adapted import AdaptedLayer, SavedModule
-from graft.adapters.base import frozen_tensors, method_of
+from graft.adapters.base import frozen_tensors, is_additive, method_of
+from graft.adapters.settings import is_number
 from graft.config import closest
 from graft.errors import AdapterError
 from graft.quant.linear import quantized_modules
@@ -50,6 +51,8 @@ class Attachments:
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: tuple[str, ...] = ()
+    weights: dict[str, float] = field(default_factory=dict)
+    """Factors on the updates of active adapters; one where missing."""
     frozen: list[nn.Parameter] = field(default_factory=list)
     """Base parameters that took gradients before the first adapter came."""
 
@@ -79,6 +82,12 @@ def adapters_of(model: nn.Module) -> dict[str, Adapter]:
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
     """Names of the adapters that act now."""
     return attachments(model).active
+
+
+def active_weights(model: nn.Module) -> dict[str, float]:
+    """The adapters that act now, in order, and the factor on each one's update."""
+    record = attachments(model)
+    return {name: record.weights.get(name, 1.0) for name in record.active}
 
 
 def adapter(model: nn.Module, name: str) -> Adapter:
@@ -188,21 +197,27 @@ def _tensors(module: AdaptedLayer | SavedModule, name: str) -> dict[str, nn.Para
     return tensors
 
 
-def set_active(model: nn.Module, names: str | Sequence[str] | None) -> None:
-    """Choose the adapters that act; the updates of several add up.
+def set_active(
+    model: nn.Module, names: str | Sequence[str] | None, weights: Sequence[float] | None = None
+) -> None:
+    """Choose the adapters that act: y = W x + sum of weight_i * update_i(x).
 
     Only the active ones' tensors get gradients, and only if they are trainable.
 
     Args:
         model: A model with adapters.
         names: One name, several, or None for the plain base.
+        weights: One for each name; all one where None. They last until the next call, `disabled` keeps them.
 
     Raises:
-        AdapterError: No such adapter, or two of them train the same module in full.
+        AdapterError: No such adapter, two of them train the same module in full, the weights are not one
+            finite number for each, or an adapter with a weight other than one has no update that a factor
+            could be put on.
     """
     chosen = () if names is None else (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     for name in chosen:
         adapter(model, name)
+    factors = {} if weights is None else _weights(names, chosen, weights)
     record = attachments(model)
     modules = adapter_modules(model)
     for path, module in modules.items():
@@ -214,18 +229,59 @@ def set_active(model: nn.Module, names: str | Sequence[str] | None) -> None:
                     where=path,
                     fix="activate one of them",
                 )
-    record.active = chosen
+        _check_weighable(record, path, module, factors)
+    record.active, record.weights = chosen, factors
     for module in modules.values():
         module.activate(chosen)
+        if isinstance(module, AdaptedLayer):
+            module.weights = dict(factors)
         for name, known in record.adapters.items():
             trains, frozen = name in chosen and known.trainable, _frozen(module, known)
             for leaf, tensor in _tensors(module, name).items():
                 tensor.requires_grad_(trains and leaf not in frozen)
 
 
+def _weights(names: Any, chosen: tuple[str, ...], weights: Sequence[float]) -> dict[str, float]:
+    """The weights that are not one, by name.
+
+    Raises:
+        AdapterError: They are not one finite number for each name.
+    """
+    values: list[Any] = list(weights) if isinstance(weights, Sequence) else [weights]
+    if len(values) != len(chosen) or (not isinstance(names, str) and len(chosen) != len(names or ())):
+        raise AdapterError(
+            f"{len(values)} weights {values!r} for the adapters {', '.join(chosen) or 'none'}",
+            where="weights",
+            fix="give one for each adapter, and each adapter once",
+        )
+    for value in values:
+        if not is_number(value):
+            raise AdapterError(
+                f"weight {value!r} is not a finite number", where="weights", fix="for example [0.7, 0.3]"
+            )
+    return {name: float(value) for name, value in zip(chosen, values, strict=True) if value != 1}
+
+
+def _check_weighable(
+    record: Attachments, path: str, module: AdaptedLayer | SavedModule, factors: Mapping[str, float]
+) -> None:
+    for name, weight in factors.items():
+        if isinstance(module, SavedModule):
+            unfit, why = name in module.copies, "trains it in full"
+        else:
+            unfit = name in module.adapters and not is_additive(module.adapters[name])
+            why = f"is {record.adapters[name].config.method}, whose change depends on the base's own weight"
+        if unfit:
+            raise AdapterError(
+                f"adapter {name!r} cannot act with weight {weight:g}: it {why}, so that no update adds up",
+                where=path,
+                fix="leave its weight at 1",
+            )
+
+
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is the plain base; afterwards the same adapters act as before."""
+    """Within the block the model is the plain base; afterwards the same adapters act, weights and all."""
     modules = adapter_modules(model).values()
     before = [(module, module.active) for module in modules]
     try:

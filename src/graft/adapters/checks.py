@@ -177,7 +177,7 @@ def _check_additive(base: BaseLayer, layer: Any, x: Tensor, label: str) -> None:
     with torch.no_grad():
         plain = base.module(x)
         gap = float((layer(x, plain + 1, base) - 1 - layer(x, plain.clone(), base)).abs().max())
-    assert gap <= TOLERANCE, f"{label}: the update depends on the base output: set additive = False"
+        assert gap <= TOLERANCE, f"{label}: the update depends on the base output: set additive = False"
 
 
 def _check_merge(base: BaseLayer, layer: Any, x: Tensor, label: str) -> None:
@@ -198,6 +198,19 @@ def _check_merge(base: BaseLayer, layer: Any, x: Tensor, label: str) -> None:
         assert gap <= TOLERANCE, f"{label}: merged and live outputs differ by {gap:.2e}"
         assert not torch.allclose(live, base.module(x)), f"{label}: the adapter has no effect"
         assert not getattr(layer, "idle", lambda base: False)(base), f"{label}: idle() is true, and it acts"
+        if is_additive(layer):
+            _check_update(base, layer, merged - weight, label)
+
+
+def _check_update(base: BaseLayer, layer: Any, update: Tensor, label: str) -> None:
+    """What an additive layer adds to a weight, which adapters are composed by."""
+    zeros = torch.zeros(base.out_features, base.in_features)
+    gap = float((layer.merged_weight(base, zeros) - update).abs().max())
+    assert gap <= TOLERANCE, f"{label}: what merged_weight() adds depends on the weight"
+    if hasattr(layer, "update_factors"):
+        down, up = layer.update_factors()
+        gap = float((up @ down - update).abs().max())
+        assert gap <= TOLERANCE, f"{label}: update_factors() is off the update by {gap:.2e}"
 
 
 def _check_no_state(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from graft.adapters.adapted import AdaptedLayer, SavedModule, unwrapped
 from graft.adapters.attach import detach
-from graft.adapters.attached import adapter, adapter_modules
+from graft.adapters.attached import active_weights, adapter, adapter_modules
 from graft.adapters.base import is_additive
 from graft.adapters.targets import base_layers, tied_pair
 from graft.errors import AdapterError
@@ -19,8 +19,9 @@ from graft.models.layers import BaseLayer
 def merge_into(model: nn.Module, name: str = "default") -> bool:
     """Fold an adapter into a dense model and take it out: the model stays, its weights change.
 
-    Sums are made in fp32 and rounded once to the dtype of the weight. A tied embedding and head come apart
-    where the adapter touches one of them, so that the other stays what it was.
+    An adapter that acts with a weight (`set_active`) is folded in with it. Sums are made in fp32 and rounded
+    once to the dtype of the weight. A tied embedding and head come apart where the adapter touches one of
+    them, so that the other stays what it was.
 
     Args:
         model: A model that carries the adapter.
@@ -37,6 +38,7 @@ def merge_into(model: nn.Module, name: str = "default") -> bool:
     modules = adapter_modules(model)
     _refuse_quantized(modules, name)
     _refuse_beside(modules, name)
+    weight = active_weights(model).get(name, 1.0)
     pair = tied_pair(model)
     touched = {*known.targets, *known.saved_modules}
     untie = pair is not None and not touched.isdisjoint(pair)
@@ -46,7 +48,7 @@ def merge_into(model: nn.Module, name: str = "default") -> bool:
         if isinstance(module, SavedModule):
             _fold_copy(module, name)
         elif name in module.adapters:
-            _fold_layer(module.base, module.adapters[name])
+            _fold_layer(module.base, module.adapters[name], weight)
     detach(model, name)
     if hasattr(model, "graft_fingerprint"):
         del model.graft_fingerprint  # it was that of the weights before
@@ -78,7 +80,12 @@ def _refuse_beside(modules: dict[str, AdaptedLayer | SavedModule], name: str) ->
             )
 
 
-def _fold_layer(base: BaseLayer, layer: Any) -> None:
+def _fold_layer(base: BaseLayer, layer: Any, factor: float) -> None:
+    if factor != 1:  # additive: its update alone, which knows no base weight and no bias
+        weight = base.dense_weight()
+        change = layer.merged_weight(base, torch.zeros_like(weight))
+        base.replace_weight(torch.add(weight, change, alpha=factor))
+        return
     bias = base.bias
     merged = layer.merged_bias(base, bias) if bias is not None and hasattr(layer, "merged_bias") else None
     base.replace_weight(layer.merged_weight(base, base.dense_weight()))

@@ -66,6 +66,11 @@ class LohaLayer(nn.Module):
         down = (self.hada_w1_b[:, None] * self.hada_w2_b).flatten(0, 1)
         return down, (self.hada_w1_a[:, :, None] * self.hada_w2_a[:, None]).flatten(1)
 
+    def update_factors(self) -> tuple[Tensor, Tensor]:
+        """(rank^2, in) and (out, rank^2), whose product is the update."""
+        down, up = self._factors()
+        return down, up * self.scaling
+
     def _dense(self) -> Tensor:
         """The update (out, in)."""
         return (self.hada_w1_a @ self.hada_w1_b) * (self.hada_w2_a @ self.hada_w2_b) * self.scaling

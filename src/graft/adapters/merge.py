@@ -15,7 +15,8 @@ from graft.adapters.attach import disabled
 from graft.adapters.attached import Adapter
 from graft.adapters.fold import decode_from, merge_into
 from graft.adapters.peft_config import PeftSettings, directory_of, read_object, read_settings
-from graft.adapters.peft_format import CONFIG, load_adapter
+from graft.adapters.peft_format import load_adapter
+from graft.adapters.peft_open import CONFIG
 from graft.adapters.peft_tensors import full_name, open_weights
 from graft.adapters.side_file import FILE, SideFile, read_side_file, tensors_digest
 from graft.dialects import explained

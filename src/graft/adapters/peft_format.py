@@ -2,71 +2,40 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graft.adapters.adapted import unwrapped
 from graft.adapters.attach import check_name, detach, install
 from graft.adapters.attached import (
     Adapter,
-    active_adapters,
+    active_weights,
     adapter,
     adapter_tensors,
     adapters_of,
     set_active,
     trained_tensors,
 )
-from graft.adapters.base import method_of
 from graft.adapters.effect import idle_layers
-from graft.adapters.peft_config import (
-    SEQUENCE_CLASSIFICATION,
-    PeftSettings,
-    directory_of,
-    method_written,
-    read_settings,
-    write_settings,
-)
-from graft.adapters.peft_stacks import current_names, split_stacks
-from graft.adapters.peft_tensors import (
-    WEIGHTS,
-    check_base_copy,
-    check_finite,
-    full_name,
-    match,
-    open_weights,
-    read_tensors,
-)
+from graft.adapters.peft_config import directory_of, method_written, write_settings
+from graft.adapters.peft_open import CONFIG, check_task, describe, open_adapter
+from graft.adapters.peft_tensors import WEIGHTS, check_base_copy, check_finite, full_name, read_tensors
 from graft.adapters.side_file import (
     FILE,
     SideFile,
     base_fingerprint,
     check_base,
-    read_side_file,
     settings_digest,
     tensors_digest,
 )
-from graft.adapters.targets import Selection, refuse_quantized, select_targets
 from graft.dialects import explained
-from graft.errors import AdapterError, ConfigError, TargetError
+from graft.errors import AdapterError
 from graft.files import new_directory, write_json, write_tensors
 from graft.models.classifier import is_classifier, write_classes
-from graft.models.shards import StoredTensor
-
-CONFIG = "adapter_config.json"
-
-_NO_TARGETS: dict[str, Any] = {
-    "exclude_modules": (),
-    "layers": None,
-    "rank_pattern": (),
-    "alpha_pattern": (),
-}
-"""What is left of the fields that only act on targets where a file has none."""
 
 
 @explained
@@ -91,11 +60,12 @@ def save_adapter(
         The directory.
 
     Raises:
-        AdapterError: No such adapter, or one of its tensors is not finite.
+        AdapterError: No such adapter, it acts with a weight, or one of its tensors is not finite.
         StorageError: The place cannot be written; what was there is untouched.
     """
     directory = directory_of(directory, "directory")
     known = adapter(model, name)
+    _refuse_weighted(model, name)
     tensors = {
         full_name(key): tensor.detach().float().cpu().contiguous()
         for key, tensor in {**adapter_tensors(model, name), **_shared(known)}.items()
@@ -113,13 +83,39 @@ def save_adapter(
     )
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     with new_directory(directory, replace=True, needed_bytes=size) as partial:
-        write_tensors(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        (partial / WEIGHTS).chmod(0o644)
-        write_json(partial / CONFIG, settings)
-        write_json(partial / FILE, side.to_dict())
+        write_files(partial, tensors, settings, side)
         if is_classifier(model):
             write_classes(model, partial)
     return directory
+
+
+def _refuse_weighted(model: nn.Module, name: str) -> None:
+    # PEFT's format has no place for a weight: what is loaded again would act in full.
+    weight = active_weights(model).get(name, 1.0)
+    if weight != 1:
+        raise AdapterError(
+            f"adapter {name!r} acts with weight {weight:g}, which its files cannot hold",
+            where="name",
+            fix="graft.save_active writes what acts, weights folded in; "
+            f"graft.set_active(model, {name!r}) makes it whole again",
+        )
+
+
+def write_files(
+    partial: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], side: SideFile
+) -> None:
+    """Write the three files of an adapter into a directory that is being made.
+
+    Args:
+        partial: What `files.new_directory` yields.
+        tensors: By their names in the file, contiguous, on the CPU.
+        settings: The adapter_config.json.
+        side: The graft.json.
+    """
+    write_tensors(dict(tensors), partial / WEIGHTS, metadata={"format": "pt"})
+    (partial / WEIGHTS).chmod(0o644)
+    write_json(partial / CONFIG, dict(settings))
+    write_json(partial / FILE, side.to_dict())
 
 
 @explained
@@ -155,35 +151,16 @@ def load_adapter(
     directory = directory_of(directory, "directory")
     name = name or _free_name(model, directory)
     check_name(model, name)
-    side = read_side_file(directory)
-    settings, raw = read_settings(directory / CONFIG, "" if side is None else side.method)
-    if side is not None and side.settings != settings_digest(raw):
-        raise AdapterError(
-            "the file was changed after the adapter was saved: its digest is not the one in graft.json",
-            where=str(directory / CONFIG),
-            fix=f"restore it, or remove {FILE} if you mean the change; the base is then not checked",
-        )
-    if raw.get("task_type") == SEQUENCE_CLASSIFICATION and not is_classifier(model):
-        raise AdapterError(
-            "the adapter is a classifier: its head over classes has no place in a language model",
-            where=str(directory),
-            fix="graft evaluate --adapter does it; in Python graft.as_classifier first",
-        )
-    stored = open_weights(directory)
-    version = raw.get("peft_version")
-    stored = current_names(model, stored)
-    settings, stored = split_stacks(model, settings, stored, version, directory / WEIGHTS)
+    told = describe(directory)
+    side = told.side
+    check_task(model, told)
     forced, notes = check_base(model, side, directory, force=force_base)
-    try:
-        settings = _resolved(model, settings, stored)
-        expected = _expected_shapes(model, settings, raw)
-    except (TargetError, ConfigError) as error:
-        raise AdapterError(error.what, where=f"{directory / CONFIG}: {error.where}", fix=error.fix) from error
-    copies = match(model, expected, stored, directory / WEIGHTS)
-    values = read_tensors(stored, side, directory / WEIGHTS)
-    for key in copies:
+    opened = open_adapter(model, told)
+    settings = opened.settings
+    values = read_tensors(opened.stored, side, directory / WEIGHTS)
+    for key in opened.copies:
         check_base_copy(model, key, values.pop(key), directory / WEIGHTS)
-    before = active_adapters(model)
+    before = active_weights(model)
     made = install(model, settings.config, settings.selection, name, seed=None, strict=False)
     with torch.no_grad():
         for key, tensor in {**adapter_tensors(model, name), **_shared(made)}.items():
@@ -203,11 +180,11 @@ def load_adapter(
     return made
 
 
-def _check_effect(model: nn.Module, made: Adapter, before: Sequence[str], directory: Path) -> None:
+def _check_effect(model: nn.Module, made: Adapter, before: Mapping[str, float], directory: Path) -> None:
     idle, places = idle_layers(model, made.name), (*made.targets, *made.saved_modules)
     if len(idle) == len(places):
         detach(model, made.name)
-        set_active(model, list(before))
+        set_active(model, list(before), list(before.values()))
         raise AdapterError(
             f"none of its {len(places)} layers changes any output: was it ever trained?",
             where=str(directory / WEIGHTS),
@@ -222,65 +199,6 @@ def _free_name(model: nn.Module, directory: Path) -> str:
     if "default" not in adapters_of(model):
         return "default"
     return directory.resolve().name.replace(".", "-")
-
-
-def _resolved(model: nn.Module, settings: PeftSettings, stored: dict[str, StoredTensor]) -> PeftSettings:
-    """The settings with PEFT's own ways of naming modules replaced by full paths.
-
-    Raises:
-        TargetError: modules_to_save fits nothing, or a quantized module.
-    """
-    selection = settings.selection
-    endings = selection.modules_to_save
-    saved = tuple(
-        path
-        for path, module in model.named_modules()
-        if path and path.endswith(endings) and next(unwrapped(module).parameters(), None) is not None
-    )
-    if endings and not saved:
-        raise TargetError(
-            f"modules_to_save {list(endings)[:10]} fit no module",
-            where="modules_to_save",
-            fix="check the base",
-        )
-    for path in saved:
-        refuse_quantized(path, model.get_submodule(path))
-    targets = selection.target_modules or tuple(
-        sorted({path for key in stored if (path := _adapted_path(key, settings.leaf)) is not None})
-    )
-    selection = dataclasses.replace(selection, target_modules=targets, modules_to_save=saved)
-    cleared = {name: value for name, value in _NO_TARGETS.items() if hasattr(settings.config, name)}
-    config = dataclasses.replace(
-        settings.config, target_modules=targets, modules_to_save=saved, **({} if targets else cleared)
-    )
-    if selection.layers_pattern:  # ours has no such field: say the same in paths
-        found = tuple(select_targets(model, selection, strict=False))
-        selection = Selection(found, modules_to_save=saved)
-        config = dataclasses.replace(config, target_modules=found, exclude_modules=(), layers=None)
-    return dataclasses.replace(settings, config=config, selection=selection)
-
-
-def _adapted_path(key: str, leaf: str) -> str | None:
-    path, mark, _ = key.rpartition(f".{leaf}")
-    return path if mark and leaf else None
-
-
-def _expected_shapes(
-    model: nn.Module, settings: PeftSettings, raw: dict[str, Any]
-) -> dict[str, tuple[int, ...]]:
-    method: Any = method_of(settings.config)
-    targets = select_targets(model, settings.selection, strict=False)
-    expected: dict[str, tuple[int, ...]] = {}
-    for path, base in targets.items():
-        for leaf, shape in method.tensor_shapes(base, settings.config.at(path)).items():
-            expected[f"{path}.{leaf}"] = shape
-    for path in settings.selection.modules_to_save:
-        for leaf, tensor in unwrapped(model.get_submodule(path)).named_parameters():
-            expected[f"{path}.{leaf}"] = tuple(tensor.shape)
-    if targets and hasattr(method, "shared_shapes") and raw.get("save_projection", True):
-        shapes = method.shared_shapes(list(targets.values()), settings.config)
-        expected |= {f".{name}": shape for name, shape in shapes.items()}
-    return expected
 
 
 def _shared(known: Adapter) -> dict[str, Tensor]:

@@ -140,6 +140,8 @@ def check_base(
         return False, [
             f"{directory.name} has no {FILE}: whether this is the base it was trained on is not known"
         ]
+    if not side.base.weights:
+        return False, [f"{directory.name} was composed of adapters that do not say which base they belong to"]
     here = base_fingerprint(model)
     differ = [part for part in side.base.differences(here) if _comparable(part, side.base, here)]
     vital = [part for part in differ if part in ("weights", "tokenizer")]

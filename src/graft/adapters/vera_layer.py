@@ -78,6 +78,10 @@ class VeraLayer(nn.Module):
             : len(b)
         ] * self.vera_lambda_d
 
+    def update_factors(self) -> tuple[Tensor, Tensor]:
+        """(rank, in) and (out, rank), whose product is the update."""
+        return self._factors()
+
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """Add the update to the base output.
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graft.cli import answer
 from graft.config import closest
+
+if TYPE_CHECKING:
+    from graft.data.config import DataConfig
 
 FIELDS = ("format", "limit", "max_length", "on_overlong", "loss_on", "chat_template", "skip_invalid")
 """Fields of the data section that act on an evaluation."""
@@ -62,8 +66,6 @@ def evaluate(
 ) -> None:
     """Measure loss, perplexity, exact match, label accuracy and more on a data set."""
     from graft.cli.opening import open_model
-    from graft.config import Settings, build, read_assignments
-    from graft.data.config import DataConfig
     from graft.errors import ConfigError
     from graft.evaluate.generate import GenerationConfig
     from graft.evaluate.kinds import check_names, measure
@@ -71,15 +73,7 @@ def evaluate(
 
     if data is None:
         raise ConfigError("no evaluation data", where="--data", fix="--data FILE")
-    settings = Settings()
-    for path, value in read_assignments(assignments or []).values.items():
-        name = path.removeprefix("data.")
-        if name not in FIELDS:
-            raise ConfigError(
-                f"evaluate does not take {path!r}", where=f"--set {path}", fix=_instead(path, name)
-            )
-        settings.put(name, value, f"--set {path}")
-    config = build(DataConfig, settings)
+    config = read_data_fields(assignments or [], "evaluate")
     names = list(dict.fromkeys(name.strip() for name in (metrics or "").split(",") if name.strip()))
     if metrics is not None and not names:
         raise ConfigError("no metric was named", where="--metrics", fix="leave it out, or name some")
@@ -103,6 +97,29 @@ def evaluate(
     if left_out:
         text += f"; {len(left_out)} left out, the first: {left_out[0]['where']}: {left_out[0]['reason']}"
     answer.success(as_json, fields, text)
+
+
+def read_data_fields(assignments: Sequence[str], verb: str) -> DataConfig:
+    """The data section that --set gives a verb that evaluates.
+
+    Args:
+        assignments: "data.limit=100" and the like.
+        verb: Which, for errors.
+    """
+    from graft.config import Settings, build, read_assignments
+    from graft.data.config import DataConfig
+    from graft.errors import ConfigError
+
+    settings = Settings()
+    for path, value in read_assignments(assignments).values.items():
+        name = path.removeprefix("data.")
+        if name not in FIELDS:
+            raise ConfigError(
+                f"{verb} does not take {path!r}", where=f"--set {path}", fix=_instead(path, name)
+            )
+        settings.put(name, value, f"--set {path}")
+    config: DataConfig = build(DataConfig, settings)
+    return config
 
 
 def _instead(path: str, name: str) -> str:

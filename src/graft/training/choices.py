@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from graft.adapters import attached
-from graft.adapters.attached import Adapter, active_adapters, adapters_of
+from graft.adapters.attached import Adapter, active_adapters, active_weights, adapters_of
 from graft.config import to_dict
 from graft.data.loader import Kind, Loader
 from graft.data.prepare import Dataset
@@ -78,7 +78,8 @@ def adapter_to_train(model: nn.Module) -> Adapter | None:
     """The adapter of a model that trains: the one that acts; None where it carries none.
 
     Raises:
-        TrainingError: None of its adapters acts, several do, or the one that does was loaded for use only.
+        TrainingError: None of its adapters acts, several do, or the one that does was loaded for use only or
+            acts with a weight.
     """
     known, active = adapters_of(model), active_adapters(model)
     if not known:
@@ -88,6 +89,13 @@ def adapter_to_train(model: nn.Module) -> Adapter | None:
             f"of the adapters {', '.join(known)}, {', '.join(active) or 'none'} act: one must, to be trained",
             where="base.model",
             fix=f'graft.set_active(base.model, "{next(iter(known))}")',
+        )
+    weight = active_weights(model)[active[0]]
+    if weight != 1:
+        raise TrainingError(
+            f"adapter {active[0]!r} acts with weight {weight:g}, which its files could not hold",
+            where="base.model",
+            fix=f'graft.set_active(base.model, "{active[0]}")',
         )
     if not known[active[0]].trainable:
         raise TrainingError(

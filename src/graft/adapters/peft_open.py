@@ -1,0 +1,173 @@
+"""An adapter directory in PEFT's format read, checked and matched with a model, and put into none."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from graft.adapters.adapted import unwrapped
+from graft.adapters.base import method_of
+from graft.adapters.peft_config import SEQUENCE_CLASSIFICATION, PeftSettings, read_settings
+from graft.adapters.peft_stacks import current_names, split_stacks
+from graft.adapters.peft_tensors import WEIGHTS, match, open_weights
+from graft.adapters.side_file import FILE, SideFile, read_side_file, settings_digest
+from graft.adapters.targets import Selection, refuse_quantized, select_targets
+from graft.errors import AdapterError, ConfigError, TargetError
+from graft.models.classifier import is_classifier
+from graft.models.layers import BaseLayer
+from graft.models.shards import StoredTensor
+
+CONFIG = "adapter_config.json"
+
+_NO_TARGETS: dict[str, Any] = {
+    "exclude_modules": (),
+    "layers": None,
+    "rank_pattern": (),
+    "alpha_pattern": (),
+}
+"""What is left of the fields that only act on targets where a file has none."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What an adapter directory says of its adapter."""
+
+    directory: Path
+    settings: PeftSettings
+    raw: dict[str, Any]
+    """The content of adapter_config.json."""
+    side: SideFile | None
+    """graft.json, where there is one."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter whose files fit a model; its tensors are not read yet."""
+
+    settings: PeftSettings
+    """With full paths in place of PEFT's own ways of naming modules."""
+    targets: dict[str, BaseLayer]
+    """The layers that it adapts, by path."""
+    stored: dict[str, StoredTensor]
+    """The tensors of the file by their keys (`peft_tensors.full_name`)."""
+    copies: list[str]
+    """Keys among them that only repeat base weights."""
+
+
+def describe(directory: Path) -> Description:
+    """Read what an adapter directory says.
+
+    Raises:
+        AdapterError: A file is missing or damaged, was changed after it was saved, or has an option that is
+            refused.
+    """
+    side = read_side_file(directory)
+    settings, raw = read_settings(directory / CONFIG, "" if side is None else side.method)
+    if side is not None and side.settings != settings_digest(raw):
+        raise AdapterError(
+            "the file was changed after the adapter was saved: its digest is not the one in graft.json",
+            where=str(directory / CONFIG),
+            fix=f"restore it, or remove {FILE} if you mean the change; the base is then not checked",
+        )
+    return Description(directory, settings, raw, side)
+
+
+def check_task(model: nn.Module, told: Description) -> None:
+    """Refuse an adapter of a classifier where the model is none.
+
+    Raises:
+        AdapterError: That is so.
+    """
+    if told.raw.get("task_type") == SEQUENCE_CLASSIFICATION and not is_classifier(model):
+        raise AdapterError(
+            "the adapter is a classifier: its head over classes has no place in a language model",
+            where=str(told.directory),
+            fix="graft evaluate --adapter does it; in Python graft.as_classifier first",
+        )
+
+
+def open_adapter(model: nn.Module, told: Description) -> Opened:
+    """Match the files of an adapter with a model, key by key and shape by shape; only headers are read.
+
+    Args:
+        model: The base; its weights are not read and may be on the meta device.
+        told: What `describe` found.
+
+    Raises:
+        AdapterError: The tensors are missing, damaged, or do not fit the model.
+    """
+    directory, raw = told.directory, told.raw
+    stored = current_names(model, open_weights(directory))
+    settings, stored = split_stacks(
+        model, told.settings, stored, raw.get("peft_version"), directory / WEIGHTS
+    )
+    try:
+        settings = _resolved(model, settings, stored)
+        targets = select_targets(model, settings.selection, strict=False)
+        expected = _expected_shapes(model, settings, targets, raw)
+    except (TargetError, ConfigError) as error:
+        raise AdapterError(error.what, where=f"{directory / CONFIG}: {error.where}", fix=error.fix) from error
+    copies = match(model, expected, stored, directory / WEIGHTS)
+    return Opened(settings, targets, stored, copies)
+
+
+def _resolved(model: nn.Module, settings: PeftSettings, stored: dict[str, StoredTensor]) -> PeftSettings:
+    """The settings with PEFT's own ways of naming modules replaced by full paths.
+
+    Raises:
+        TargetError: modules_to_save fits nothing, or a quantized module.
+    """
+    selection = settings.selection
+    endings = selection.modules_to_save
+    saved = tuple(
+        path
+        for path, module in model.named_modules()
+        if path and path.endswith(endings) and next(unwrapped(module).parameters(), None) is not None
+    )
+    if endings and not saved:
+        raise TargetError(
+            f"modules_to_save {list(endings)[:10]} fit no module",
+            where="modules_to_save",
+            fix="check the base",
+        )
+    for path in saved:
+        refuse_quantized(path, model.get_submodule(path))
+    targets = selection.target_modules or tuple(
+        sorted({path for key in stored if (path := _adapted_path(key, settings.leaf)) is not None})
+    )
+    selection = dataclasses.replace(selection, target_modules=targets, modules_to_save=saved)
+    cleared = {name: value for name, value in _NO_TARGETS.items() if hasattr(settings.config, name)}
+    config = dataclasses.replace(
+        settings.config, target_modules=targets, modules_to_save=saved, **({} if targets else cleared)
+    )
+    if selection.layers_pattern:  # ours has no such field: say the same in paths
+        found = tuple(select_targets(model, selection, strict=False))
+        selection = Selection(found, modules_to_save=saved)
+        config = dataclasses.replace(config, target_modules=found, exclude_modules=(), layers=None)
+    return dataclasses.replace(settings, config=config, selection=selection)
+
+
+def _adapted_path(key: str, leaf: str) -> str | None:
+    path, mark, _ = key.rpartition(f".{leaf}")
+    return path if mark and leaf else None
+
+
+def _expected_shapes(
+    model: nn.Module, settings: PeftSettings, targets: dict[str, BaseLayer], raw: dict[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    method: Any = method_of(settings.config)
+    expected: dict[str, tuple[int, ...]] = {}
+    for path, base in targets.items():
+        for leaf, shape in method.tensor_shapes(base, settings.config.at(path)).items():
+            expected[f"{path}.{leaf}"] = shape
+    for path in settings.selection.modules_to_save:
+        for leaf, tensor in unwrapped(model.get_submodule(path)).named_parameters():
+            expected[f"{path}.{leaf}"] = tuple(tensor.shape)
+    if targets and hasattr(method, "shared_shapes") and raw.get("save_projection", True):
+        shapes = method.shared_shapes(list(targets.values()), settings.config)
+        expected |= {f".{name}": shape for name, shape in shapes.items()}
+    return expected
