@@ -37,6 +37,7 @@ from graft.training.inputs import (
     rooted,
     within_context,
 )
+from graft.training.memory import check_model
 from graft.training.monitors import Monitor, Silent
 from graft.training.phases import IN_MEMORY, run_phases
 from graft.training.recovery import (
@@ -88,7 +89,7 @@ def run_from_config(config: RunConfig, monitor: Monitor | None = None) -> Run:
         train_data, eval_data = prepare_data(config, monitor)
         base = load_base(config, monitor, train_data.labels)
         attach_adapter(base, config)
-    return _run(base, config, train_data, eval_data, RunDirectory.create(config.output), monitor)
+    return _run(base, config, train_data, eval_data, monitor)
 
 
 def resume(
@@ -231,7 +232,7 @@ def train(
         train_set, eval_set = prepare_data(config, monitor, base.tokenizer)
         check_labels(base, train_set, adapter)
     # What the caller made of the model is in no configuration: only a checkpoint can bring it back.
-    return _run(base, config, train_set, eval_set, RunDirectory.create(output), monitor, in_memory=True)
+    return _run(base, config, train_set, eval_set, monitor, in_memory=True)
 
 
 def _identity(
@@ -251,11 +252,12 @@ def _run(
     config: RunConfig,
     train_data: Dataset,
     eval_data: Dataset | None,
-    run: RunDirectory,
     monitor: Monitor,
     *,
     in_memory: bool = False,
 ) -> Run:
+    check_model(base.model, config.training)  # before there is a run to leave behind
+    run = RunDirectory.create(config.output)
     record = {
         "status": "running",
         "config": to_dict(config),

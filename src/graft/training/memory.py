@@ -26,6 +26,9 @@ from graft.training.paging import Paging
 from graft.training.recompute import every, recomputed
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from graft.training.config import TrainingConfig
     from graft.training.job import Job
 
 
@@ -63,16 +66,29 @@ def prepared(job: Job) -> Iterator[None]:
     Args:
         job: The run; `job.recipes` is what the loop puts around its forward passes.
     """
-    saved = [path for path, m in adapter_modules(job.model).items() if isinstance(m, SavedModule)]
     job.recipes = Recipes(store_of(job))
     try:
         with (
-            lean(job.model, job.recipes, saved, job.config.mlp_tile),
+            lean(job.model, job.recipes, _trained_whole(job.model), job.config.mlp_tile),
             recomputed(job.model, job.config.gradient_checkpointing, job.recipes.store),
         ):
             yield
     finally:
         job.recipes.release()
+
+
+def check_model(model: nn.Module, config: TrainingConfig) -> None:
+    """Refuse settings that the steps of a run could not follow on this model.
+
+    Raises:
+        ModelError: A tile is given, and the model has no gated MLP.
+    """
+    with lean(model, Recipes(), _trained_whole(model), config.mlp_tile):
+        pass
+
+
+def _trained_whole(model: nn.Module) -> list[str]:
+    return [path for path, m in adapter_modules(model).items() if isinstance(m, SavedModule)]
 
 
 def store_of(job: Job) -> Kept:

@@ -295,3 +295,17 @@ def test_the_number_told_is_that_of_the_base(
     attach(base.model, LoraConfig(rank=4, modules_to_save=("lm_head",)))
     train(base, data=rows, output=tmp_path / "run", monitor=Listener(), max_steps=1)
     assert any(line.endswith(f"the base has {expected:,}") for line in said), said
+
+
+def test_a_setting_that_the_model_cannot_follow_leaves_no_run_behind(
+    tiny_dir: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(ModelError, match="no MLP of GPT2LMHeadModel"):
+        run_from_config(config(tiny_dir("gpt2"), rows, out, "training.mlp_tile=16"))
+    assert not out.exists()
+    base = load(tiny_dir("gpt2"))
+    attach(base.model, LoraConfig(rank=4))
+    with pytest.raises(ModelError, match="no MLP of GPT2LMHeadModel"):
+        train(base, data=rows, output=out, mlp_tile=16, max_steps=1)
+    assert not out.exists()
