@@ -33,6 +33,7 @@ _HOMES = {
     "detach": "graft.adapters.attach",
     "disabled": "graft.adapters.attached",
     "generate": "graft.evaluate.generate",
+    "inspect_adapter": "graft.adapters.inspection",
     "load": "graft.models.load",
     "load_adapter": "graft.adapters.peft_format",
     "merge": "graft.adapters.merge",
