@@ -142,6 +142,9 @@ def test_a_direction_that_is_new_by_construction() -> None:
     assert new_directions(weight, 20 * outside, 4) == pytest.approx([0.0, 1, 1, 1], abs=1e-4)
     # Second by size: the leading one is the weight's own.
     assert new_directions(weight, 5.5 * outside, 3) == pytest.approx([1.0, 0, 1], abs=1e-4)
+    # On the shorter side the rest of the basis has to be left out: W does nothing along it.
+    assert new_directions(weight.mT, 20 * outside.mT, 4) == pytest.approx([0.0, 1, 1, 1], abs=1e-4)
+    assert new_directions(torch.zeros(4, 5), torch.ones(4, 5), 2) == [0.0, 0.0]
     # Between two directions of W at 45 degrees: known to each by 0.707.
     between = torch.outer(rotation[:, 0] + rotation[:, 1], rows[7]) * 100
     assert new_directions(weight, between, 1) == pytest.approx([math.sqrt(0.5)], abs=1e-2)
