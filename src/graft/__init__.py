@@ -36,10 +36,12 @@ _HOMES = {
     "inspect_adapter": "graft.adapters.inspection",
     "load": "graft.models.load",
     "load_adapter": "graft.adapters.peft_format",
+    "load_foreign_adapter": "graft.adapters.foreign",
     "merge": "graft.adapters.merge",
     "quantize": "graft.models.quantize",
     "resume": "graft.training.build",
     "save_adapter": "graft.adapters.peft_format",
+    "save_foreign_adapter": "graft.adapters.foreign",
     "set_active": "graft.adapters.attached",
     "train": "graft.training.build",
 }

@@ -24,6 +24,7 @@ from graft.adapters.attached import (
 )
 from graft.adapters.base import method_of
 from graft.adapters.effect import idle_layers
+from graft.adapters.foreign_files import is_foreign
 from graft.adapters.peft_config import (
     SEQUENCE_CLASSIFICATION,
     PeftSettings,
@@ -139,7 +140,8 @@ def load_adapter(
 
     Args:
         model: The base model, with or without other adapters.
-        directory: Written by graft, PEFT or a tool that speaks PEFT's format.
+        directory: Written by graft, PEFT or a tool that speaks PEFT's format; or by mlx-lm or torchtune, see
+            `load_foreign_adapter`.
         name: What to call it; "default", or the directory's name where "default" is taken.
         force_base: Accept a base other than the one it was trained on; this is remembered.
         trainable: Whether its tensors get gradients, to train it further.
@@ -153,16 +155,15 @@ def load_adapter(
         FingerprintError: The adapter belongs to another base.
     """
     directory = directory_of(directory, "directory")
-    name = name or _free_name(model, directory)
+    if is_foreign(directory):
+        from graft.adapters.foreign import load_foreign_adapter  # which stands on this file
+
+        return load_foreign_adapter(model, directory, name, trainable=trainable)
+    name = name or free_name(model, directory)
     check_name(model, name)
     side = read_side_file(directory)
     settings, raw = read_settings(directory / CONFIG, "" if side is None else side.method)
-    if side is not None and side.settings != settings_digest(raw):
-        raise AdapterError(
-            "the file was changed after the adapter was saved: its digest is not the one in graft.json",
-            where=str(directory / CONFIG),
-            fix=f"restore it, or remove {FILE} if you mean the change; the base is then not checked",
-        )
+    _check_settings(side, raw, directory)
     if raw.get("task_type") == SEQUENCE_CLASSIFICATION and not is_classifier(model):
         raise AdapterError(
             "the adapter is a classifier: its head over classes has no place in a language model",
@@ -196,21 +197,41 @@ def load_adapter(
     made.facts = dict(side.facts) if side is not None else {}
     made.notes += [*notes, *settings.notes]
     if not trainable:
-        _check_effect(model, made, before, directory)
+        check_effect(model, made, before, directory / WEIGHTS)
     here = getattr(model, "graft_name", None)
     if side is None and settings.base_name and here and here != settings.base_name:
         made.notes.append(f"{CONFIG} names the base {settings.base_name!r}, this one is {here!r}")
     return made
 
 
-def _check_effect(model: nn.Module, made: Adapter, before: Sequence[str], directory: Path) -> None:
+def _check_settings(side: SideFile | None, raw: dict[str, Any], directory: Path) -> None:
+    if side is not None and side.settings != settings_digest(raw):
+        raise AdapterError(
+            "the file was changed after the adapter was saved: its digest is not the one in graft.json",
+            where=str(directory / CONFIG),
+            fix=f"restore it, or remove {FILE} if you mean the change; the base is then not checked",
+        )
+
+
+def check_effect(model: nn.Module, made: Adapter, before: Sequence[str], file: Path) -> None:
+    """Check that an adapter to be used changes something; layers that do not are noted.
+
+    Args:
+        model: The model that carries it.
+        made: The adapter.
+        before: The adapters that were active before it, which are again where it is refused.
+        file: Of its tensors.
+
+    Raises:
+        AdapterError: It changes nothing; it is taken out again.
+    """
     idle, places = idle_layers(model, made.name), (*made.targets, *made.saved_modules)
     if len(idle) == len(places):
         detach(model, made.name)
         set_active(model, list(before))
         raise AdapterError(
             f"none of its {len(places)} layers changes any output: was it ever trained?",
-            where=str(directory / WEIGHTS),
+            where=str(file),
             fix="train it first (graft.load_adapter(..., trainable=True) takes it for that)",
         )
     if idle:
@@ -218,7 +239,8 @@ def _check_effect(model: nn.Module, made: Adapter, before: Sequence[str], direct
         made.notes.append(f"{len(idle)} of its {len(places)} layers change nothing: {some}")
 
 
-def _free_name(model: nn.Module, directory: Path) -> str:
+def free_name(model: nn.Module, directory: Path) -> str:
+    """What to call an adapter: "default", or its directory's name where that is taken."""
     if "default" not in adapters_of(model):
         return "default"
     return directory.resolve().name.replace(".", "-")
