@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 
-from graft.adapters.inspect_records import SHARES, Finding, Group, LayerFacts
+from graft.adapters.inspect_records import SHARES, Finding, Group, LayerFacts, SavedFacts
 
 BANDS = ("early", "middle", "late")
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -97,11 +97,14 @@ def _mean(values: Iterator[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-def findings(layers: Sequence[LayerFacts], *, dead: bool, threshold: float) -> Iterator[Finding]:
+def findings(
+    layers: Sequence[LayerFacts], saved: Sequence[SavedFacts], *, dead: bool, threshold: float
+) -> Iterator[Finding]:
     """What the user should know, or may want to do, where the figures bear it out.
 
     Args:
         layers: All of the adapter.
+        saved: What it trained in full.
         dead: Whether none of them changes anything.
         threshold: The |cosine| under which a direction is new to the base.
     """
@@ -116,6 +119,12 @@ def findings(layers: Sequence[LayerFacts], *, dead: bool, threshold: float) -> I
     if idle:
         yield Finding(
             level="alarm", text=f"{len(idle)} of {len(layers)} layers change nothing at all: {_some(idle)}"
+        )
+    still = [item.name for item in saved if item.change_ratio == 0]
+    if still:
+        yield Finding(
+            level="alarm",
+            text=f"{len(still)} of {len(saved)} tensors trained in full are still the base's: {_some(still)}",
         )
     yield from _untouched(layers)
     yield from _smaller_rank(layers)
@@ -168,8 +177,8 @@ def _loud(layers: Sequence[LayerFacts]) -> Iterator[Finding]:
     if loud:
         yield Finding(
             level="alarm",
-            text=f"{len(loud)} updates are larger than the weights below them: {_some(loud)}. Such a model "
-            "has left its base; the learning rate or alpha was too large",
+            text=f"{len(loud)} of {len(layers)} updates are larger than the weight below: {_some(loud)}. "
+            "Such a model has left its base; the learning rate or alpha was too large",
         )
 
 

@@ -79,7 +79,8 @@ def inspect_adapter(
         )
     layers = tuple(_layers(file, stored_base, directions, progress))
     saved = tuple(_saved(file, stored_base))
-    dead = bool(layers) and all(layer.idle for layer in layers) and not saved
+    idle = [layer.idle is True for layer in layers] + [item.change_ratio == 0 for item in saved]
+    dead = bool(idle) and all(idle)
     own = [item for item in file.stored.values() if not item.name.endswith(BASE_COPY)]
     num_blocks = None if stored_base is None else _num_blocks(stored_base)
     return Inspection(
@@ -102,7 +103,10 @@ def inspect_adapter(
         saved=saved,
         bands=bands(layers, num_blocks, threshold),
         kinds=kinds(layers, threshold),
-        findings=(*findings(layers, dead=dead, threshold=threshold), *_notes(file, stored_base, checked)),
+        findings=(
+            *findings(layers, saved, dead=dead, threshold=threshold),
+            *_notes(file, stored_base, checked),
+        ),
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import graft
+from graft.adapters.adapted import AdaptedLayer
 from graft.adapters.attached import adapter_modules, trained_tensors
 from graft.adapters.base import METHODS
 from graft.adapters.inspect_groups import bands
@@ -52,12 +53,11 @@ def saved(base_dir: Path, out: Path, config: Any, *, trained: bool = True) -> di
     graft.save_adapter(base.model, out, facts={"data": "abc", "steps": 7})
     found = {}
     for path, module in adapter_modules(base.model).items():
-        layer: Any = module.adapters["default"].double()  # type: ignore[union-attr]
-        weight = module.base.dense_weight().double()  # type: ignore[union-attr]
-        found[path] = (
-            weight.numpy(),
-            (layer.merged_weight(module.base, weight) - weight).detach().numpy(),  # type: ignore[union-attr]
-        )
+        if isinstance(module, AdaptedLayer):
+            layer: Any = module.adapters["default"].double()
+            weight = module.base.dense_weight().double()
+            delta = layer.merged_weight(module.base, weight) - weight
+            found[path] = (weight.numpy(), delta.detach().numpy())
     return found
 
 
@@ -169,7 +169,7 @@ def test_new_directions_are_counted_by_layer_and_group(tiny_dir: Callable[..., P
     assert {group.name: group.intruders for group in found.bands} == {"early": 0, "middle": 1}
     told = [finding.text for finding in found.findings]
     assert any("1 of the 4 leading directions" in text and path in text for text in told)
-    assert any("larger than the weights" in text and path in text for text in told)
+    assert any("larger than the weight below" in text and path in text for text in told)
     low = inspect_adapter(tmp_path / "a", base=tiny_dir("llama"), directions=1, threshold=0.1)
     assert sum(group.intruders or 0 for group in low.kinds) == 0
     none = inspect_adapter(tmp_path / "a", base=tiny_dir("llama"), directions=0)
@@ -250,6 +250,21 @@ def test_modules_trained_in_full_are_measured(tiny_dir: Callable[..., Path], tmp
     assert item.name == "lm_head.weight"
     assert item.change_ratio == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-5)
     assert inspect_adapter(tmp_path / "a").saved[0].change_ratio is None
+    assert not any("still the base" in f.text for f in inspect_adapter(tmp_path / "a").findings)
+
+
+def test_a_module_that_is_still_the_bases_is_told(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
+    config = graft.LoraConfig(rank=2, modules_to_save=("lm_head", "norm"))
+    saved(tiny_dir("llama"), tmp_path / "a", config, trained=False)
+    assert inspect_adapter(tmp_path / "a", base=tiny_dir("llama")).dead
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    tensors["base_model.model.model.norm.weight"] += 1
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    (tmp_path / "a" / "graft.json").unlink()
+    found = inspect_adapter(tmp_path / "a", base=tiny_dir("llama"))
+    assert not found.dead
+    (text,) = (finding.text for finding in found.findings if "still the base" in finding.text)
+    assert text == "1 of 2 tensors trained in full are still the base's: lm_head.weight"
 
 
 def test_foreign_directories_and_runs(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
