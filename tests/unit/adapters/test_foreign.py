@@ -116,13 +116,24 @@ class TestMlx:
         assert written["fine_tune_type"] == ("dora" if dora else "lora")
 
     def test_blocks_are_counted_from_the_end(self, tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
-        base = load(tiny_dir("llama"))
-        early = {name.replace("layers.1", "layers.0"): value for name, value in mlx_tensors().items()}
-        with pytest.raises(AdapterError, match="lies before the last 1 of 2 blocks"):
-            load_foreign_adapter(base.model, mlx(tmp_path / "a", early))
-        for count in (2, 0, -1, 16):
-            load_foreign_adapter(base.model, mlx(tmp_path / "a", early, num_layers=count), "x")
+        base, middle = load(tiny_dir("llama", num_hidden_layers=3)), mlx_tensors()
+        with pytest.raises(AdapterError, match="lies before the last 1 of 3 blocks"):
+            load_foreign_adapter(base.model, mlx(tmp_path / "a", middle, num_layers=1))
+        for count in (2, 3, 0, -1, 16):
+            load_foreign_adapter(base.model, mlx(tmp_path / "a", middle, num_layers=count), "x")
+            save_foreign_adapter(base.model, tmp_path / "b", "x", dialect="mlx")
+            assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["num_layers"] == 2
             graft.detach(base.model, "x")
+
+    def test_pefts_files_come_first(self, tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
+        """A run of torchtune leaves both beside each other."""
+        base = load(tiny_dir("llama"))
+        graft.attach(base.model, graft.LoraConfig(rank=2))
+        for tensor in adapter_tensors(base.model).values():
+            tensor.data += 0.1
+        graft.save_adapter(base.model, tmp_path / "a")
+        torch.save({"layers.0.mlp.w1.lora_a.weight": drawn(3, HIDDEN)}, tmp_path / "a" / "adapter_model.pt")
+        assert graft.load_adapter(base.model, tmp_path / "a", "again").config.rank == 2
 
     def test_what_is_refused(self, tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
         base = load(tiny_dir("llama"))

@@ -153,7 +153,7 @@ RULES: dict[str, tuple[dict[str, Any], Callable[[int, int], int]]] = {
     "lora_fa": ({"rank": 16}, lambda inner, outer: 16 * outer),
     "vera": ({"rank": 256}, lambda inner, outer: outer + 256),
     "loha": ({"rank": 4}, lambda inner, outer: 2 * 4 * (inner + outer)),
-    "lokr": ({"rank": 8}, lokr(8)),
+    "lokr": ({"rank": 40}, lokr(40)),  # low-rank for large layers, whole for small ones
     "oft": ({"block_size": 32}, lambda inner, outer: inner // 32 * (32 * 31 // 2)),
 }
 
