@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import graft.models.load as models
 from graft.adapters.attach import adapter_tensors, adapters_of, attach, disabled
+from graft.adapters.inspection import inspect_adapter
 from graft.adapters.lora import LoraConfig
 from graft.adapters.peft_format import load_adapter, save_adapter
 
@@ -234,3 +235,31 @@ def test_deep_copy_of_an_attached_model_is_independent(tiny_dir: Callable[..., P
     assert torch.equal(logits(twin), before)
     shake(adapter_tensors(twin).values())
     torch.testing.assert_close(logits(twin), logits(base.model), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_an_inspection_of_pefts_files_tells_pefts_own_updates(
+    tiny_dir: Callable[..., Path], tmp_path: Path, family: str, use_rslora: bool
+) -> None:
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    settings = PeftConfig(r=4, lora_alpha=12, target_modules="all-linear", use_rslora=use_rslora)
+    theirs = get_peft_model(plain(tiny_dir(family)), settings)
+    shake(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path / "peft")
+    found = inspect_adapter(tmp_path / "peft", base=tiny_dir(family), directions=0)
+    assert len(found.layers) == len(adapted_by_peft(theirs))
+    for layer in found.layers:
+        module = theirs.base_model.model.get_submodule(layer.path)
+        delta = module.get_delta_weight("default").double()
+        ratio = float(delta.norm() / module.base_layer.weight.double().norm())
+        values = torch.linalg.svdvals(delta)[:4].tolist()
+        assert layer.values == pytest.approx(values, rel=1e-4)
+        assert layer.update_ratio == pytest.approx(ratio, rel=1e-5)
+
+
+def adapted_by_peft(model: Any) -> list[str]:
+    """Paths of the layers to which PEFT gave an adapter."""
+    return [path for path, module in model.named_modules() if hasattr(module, "get_delta_weight")]

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from graft.kernels import wide
+from graft.kernels.cpu import library
 from graft.models.families import FAMILIES, head, hidden_states
 from graft.models.load import load, random_model
 from graft.models.save import save_model
@@ -114,6 +115,9 @@ def test_tied_weights_are_one_tensor(family_dir):
 def test_bfloat16_is_bit_equal(directory, monkeypatch):
     # Where the processor has its products; elsewhere ours are made in float32, see test_wide_layers.py.
     monkeypatch.setattr(wide, "_has_products", lambda dtype: True)
+    monkeypatch.setattr(
+        library, "has_attention", lambda: False
+    )  # its sums: tests/unit/models/test_attention.py
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
     ours = load(directory, dtype="bfloat16")
     ids = ids_of((1, 24))

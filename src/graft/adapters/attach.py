@@ -219,7 +219,8 @@ def _adapt(
     if not isinstance(module, AdaptedLayer):
         module = AdaptedLayer(base)
         replace_module(model, path, module)
-    generator = None if seed is None else generator_for(seed, path)
+    empty = base.device.type == "meta"  # where only shapes are asked for
+    generator = None if seed is None or empty else generator_for(seed, path)
     layer: Any = method_of(config).build_layer(base, config.at(path), generator)
     if shared is not None:
         layer.share(shared)

@@ -63,6 +63,8 @@ class AdapterLayer(Protocol):
       where that is no dearer than the (out, in) matrix. Additive only; composing goes through it.
     - `merged_bias(base, bias)`: the bias of the plain layer, where it is another one than the base's.
     - `idle(base)`: whether the layer leaves every output as it is, as far as that can be told cheaply.
+    - `update_values()`: the singular values of the update, falling, float64, where there is a cheaper way to
+      them than the update itself. Additive only; `graft inspect` asks for them.
     - `reference_forward(x, base_output, base)`: the same in plain differentiable operations, which the
       gradients of `forward` are checked against; without it they are checked by finite differences.
     - `share(shared)`: takes what `AdapterMethod.build_shared` made.

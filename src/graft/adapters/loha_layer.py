@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graft.adapters.lora_layer import LoraUpdate, is_fresh
+from graft.adapters.spectrum import product_values
 from graft.models.layers import BaseLayer
 
 
@@ -111,6 +112,14 @@ class LohaLayer(nn.Module):
         """
         with torch.no_grad():
             return weight + self._dense().to(weight.device)
+
+    def update_values(self) -> Tensor:
+        """Singular values of the update, falling, float64; through its factors where that is less work."""
+        with torch.no_grad():
+            down, up = self._factors()
+            if len(down) < min(down.shape[1], len(up)):
+                return product_values(down, up) * abs(self.scaling)
+            return torch.linalg.svdvals(self._dense().double())
 
     def idle(self, base: BaseLayer) -> bool:
         """Whether one of the four is zero."""

@@ -90,6 +90,12 @@ class LokrLayer(nn.Module):
         with torch.no_grad():
             return weight + self.scaling * torch.kron(*self._matrices()).to(weight.device)
 
+    def update_values(self) -> Tensor:
+        """Singular values of the update, falling, float64: the products of those of W1 with those of W2."""
+        with torch.no_grad():
+            first, second = (torch.linalg.svdvals(matrix.double()) for matrix in self._matrices())
+            return torch.outer(first, second).flatten().sort(descending=True).values * abs(self.scaling)
+
     def idle(self, base: BaseLayer) -> bool:
         """Whether one of the tensors is zero."""
         return not all(bool(tensor.any()) for tensor in self.tensors().values())

@@ -323,6 +323,12 @@ def dialect_for(file: Field, method: str = "") -> Dialect:
     for known in fitting:
         if known.method == method or (not method and known.claims(file.raw)):
             return known
+    if "lora_parameters" in file.raw:
+        raise AdapterError(
+            "this is an adapter of mlx-lm, not one in PEFT's format",
+            where=str(file.path),
+            fix="graft.load_adapter reads it into a model, graft.save_adapter writes it as PEFT's from there",
+        )
     raise AdapterError(
         f"peft_type {shown(kind)} is none of {', '.join(sorted({known.peft_type for known in DIALECTS}))}",
         where=f"{file.path}: peft_type",

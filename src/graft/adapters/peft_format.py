@@ -21,6 +21,7 @@ from graft.adapters.attached import (
     trained_tensors,
 )
 from graft.adapters.effect import idle_layers
+from graft.adapters.foreign_files import is_foreign
 from graft.adapters.peft_config import directory_of, method_written, write_settings
 from graft.adapters.peft_open import CONFIG, check_task, describe, open_adapter
 from graft.adapters.peft_tensors import WEIGHTS, check_base_copy, check_finite, full_name, read_tensors
@@ -135,7 +136,8 @@ def load_adapter(
 
     Args:
         model: The base model, with or without other adapters.
-        directory: Written by graft, PEFT or a tool that speaks PEFT's format.
+        directory: Written by graft, PEFT or a tool that speaks PEFT's format; or by mlx-lm or torchtune, see
+            `load_foreign_adapter`.
         name: What to call it; "default", or the directory's name where "default" is taken.
         force_base: Accept a base other than the one it was trained on; this is remembered.
         trainable: Whether its tensors get gradients, to train it further.
@@ -149,7 +151,11 @@ def load_adapter(
         FingerprintError: The adapter belongs to another base.
     """
     directory = directory_of(directory, "directory")
-    name = name or _free_name(model, directory)
+    if is_foreign(directory):
+        from graft.adapters.foreign import load_foreign_adapter  # which stands on this file
+
+        return load_foreign_adapter(model, directory, name, trainable=trainable)
+    name = name or free_name(model, directory)
     check_name(model, name)
     told = describe(directory)
     side = told.side
@@ -173,21 +179,32 @@ def load_adapter(
     made.facts = dict(side.facts) if side is not None else {}
     made.notes += [*notes, *settings.notes]
     if not trainable:
-        _check_effect(model, made, before, directory)
+        check_effect(model, made, before, directory / WEIGHTS)
     here = getattr(model, "graft_name", None)
     if side is None and settings.base_name and here and here != settings.base_name:
         made.notes.append(f"{CONFIG} names the base {settings.base_name!r}, this one is {here!r}")
     return made
 
 
-def _check_effect(model: nn.Module, made: Adapter, before: Mapping[str, float], directory: Path) -> None:
+def check_effect(model: nn.Module, made: Adapter, before: Mapping[str, float], file: Path) -> None:
+    """Check that an adapter to be used changes something; layers that do not are noted.
+
+    Args:
+        model: The model that carries it.
+        made: The adapter.
+        before: The adapters that acted before it with their weights; they do again where it is refused.
+        file: Of its tensors.
+
+    Raises:
+        AdapterError: It changes nothing; it is taken out again.
+    """
     idle, places = idle_layers(model, made.name), (*made.targets, *made.saved_modules)
     if len(idle) == len(places):
         detach(model, made.name)
         set_active(model, list(before), list(before.values()))
         raise AdapterError(
             f"none of its {len(places)} layers changes any output: was it ever trained?",
-            where=str(directory / WEIGHTS),
+            where=str(file),
             fix="train it first (graft.load_adapter(..., trainable=True) takes it for that)",
         )
     if idle:
@@ -195,7 +212,8 @@ def _check_effect(model: nn.Module, made: Adapter, before: Mapping[str, float], 
         made.notes.append(f"{len(idle)} of its {len(places)} layers change nothing: {some}")
 
 
-def _free_name(model: nn.Module, directory: Path) -> str:
+def free_name(model: nn.Module, directory: Path) -> str:
+    """What to call an adapter: "default", or its directory's name where that is taken."""
     if "default" not in adapters_of(model):
         return "default"
     return directory.resolve().name.replace(".", "-")

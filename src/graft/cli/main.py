@@ -14,7 +14,19 @@ from typing import Annotated
 import typer
 
 from graft import __version__
-from graft.cli import answer, chat, compose, demo, doctor, evaluate, generate, merge, quantize, train
+from graft.cli import (
+    answer,
+    chat,
+    compose,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    merge,
+    quantize,
+    train,
+)
 from graft.errors import GraftError, StopRequested
 from graft.training.stopping import stop_at_once
 
@@ -35,6 +47,9 @@ app.command(
 )(evaluate.evaluate)
 app.command("generate", epilog='Example: graft generate builtin --prompt "Sort: 3 1 2"')(generate.generate)
 app.command("chat", epilog="Example: graft chat builtin --adapter runs/first/adapter")(chat.chat)
+app.command("inspect", epilog="Example: graft inspect runs/first --base MODEL --page adapter.html")(
+    inspect.inspect
+)
 app.command("merge", epilog="Example: graft merge runs/first/adapter --out merged/")(merge.merge)
 app.command("compose", epilog="Example: graft compose cat runs/a runs/b --weights 0.7,0.3 --out mixed/")(
     compose.compose

@@ -108,7 +108,8 @@ class Series:
     """
 
     run: str
-    kind: Literal["train", "eval"]
+    kind: Literal["train", "eval", ""]
+    """"" for a line that is neither."""
     steps: Sequence[float]
     values: Sequence[float]
 
@@ -123,6 +124,8 @@ class Curves:
     x_label: str = "step"
     y_label: str = "loss"
     log_scale: bool = False
+    whole_x: bool = False
+    """Whether x is counted in whole numbers."""
     note: str = ""
 
     def body(self) -> str:
@@ -133,13 +136,20 @@ class Curves:
                 "name": f"{series.run} {series.kind}".strip(),
                 "colour": runs.index(series.run) % NUM_COLOURS,
                 "dashed": series.kind == "eval",
+                "faint": series.kind == "train",
                 **_points(series, positive=self.log_scale),
             }
             for series in self.series
         ]
         if not any(line["steps"] for line in lines):
             return '<p class="note">No values were logged.</p>'
-        spec = {"x": self.x_label, "y": self.y_label, "log": self.log_scale, "series": lines}
+        spec = {
+            "x": self.x_label,
+            "y": self.y_label,
+            "log": self.log_scale,
+            "whole": self.whole_x,
+            "series": lines,
+        }
         return (
             f'<div class="chart"><script type="application/json">{json_in_page(spec)}</script></div>'
             '<noscript><p class="note">The chart needs JavaScript; nothing is fetched.</p></noscript>'
@@ -209,7 +219,7 @@ def render(sections: Sequence[Section], *, title: str, subtitle: str = "", polic
     scripts = list(dict.fromkeys(name for section in sections for name in getattr(section, "scripts", ())))
     style = (_asset("vendor/uplot/uPlot.min.css") if scripts else "") + _asset("page/report.css")
     script = ""
-    if "run" in scripts:
+    if "heat" in scripts:
         style += _asset("page/run.css")
     if scripts:
         code = "\n".join(

@@ -22,7 +22,7 @@ Line = Mapping[str, Any]
 class RunOverview:
     """The head of the page: where the run stands, its figures; holds the data that the other parts draw."""
 
-    scripts: ClassVar[tuple[str, ...]] = ("run",)
+    scripts: ClassVar[tuple[str, ...]] = ("heat", "run")
 
     title: str = "Run"
     lines: Mapping[str, Sequence[Line]]
@@ -47,7 +47,7 @@ class RunOverview:
 class RunPart:
     """A part that the page's script fills, and hides while there is nothing to show."""
 
-    scripts: ClassVar[tuple[str, ...]] = ("run",)
+    scripts: ClassVar[tuple[str, ...]] = ("heat", "run")
 
     title: str
     part: str

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from graft.adapters.adapted import AdaptedLayer
 from graft.adapters.attached import Adapter, adapter_modules
 from graft.adapters.effect import factors
+from graft.adapters.spectrum import effective_rank, singular_values, triangles
 from graft.models.layers import BaseLayer
 
 CHUNK_NUMBERS = 1 << 24
@@ -52,42 +53,6 @@ def updates(model: nn.Module, name: str) -> dict[str, Update]:
             if pair is not None and min(pair[0].shape) > 0:
                 found[path] = Update(*pair, float(getattr(layer, "scaling", 1.0)))
     return found
-
-
-def triangles(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """R_A and R_B of the QR decompositions of A' and of B, in float64.
-
-    B A = Q_B (R_B R_A') Q_A' where Q_B and Q_A have orthonormal columns, so the core in the middle, of size
-    rank by rank, has the singular values of the product; R_A has the norm of A, R_B that of B.
-
-    Args:
-        down: A, (..., rank, in).
-        up: B, (..., out, rank).
-
-    Returns:
-        (..., min(rank, in), rank) and (..., min(rank, out), rank).
-
-    Cost: 2 rank^2 (in + out) operations and a copy of the factors in float64; the (out, in) product is never
-    made.
-    """
-    return tuple(torch.linalg.qr(x.double(), mode="r").R for x in (down.mT, up))
-
-
-def singular_values(triangle_down: Tensor, triangle_up: Tensor) -> Tensor:
-    """Singular values of B A from its `triangles`: (..., min(rank, in, out)), falling, float64."""
-    return torch.linalg.svdvals(triangle_up @ triangle_down.mT)
-
-
-def effective_rank(values: Sequence[float]) -> float | None:
-    """The exp of the entropy of the singular values as shares of their sum (Roy and Vetterli, 2007).
-
-    1 where one direction does all, the number of values where all are alike; None where all are zero.
-    """
-    total = math.fsum(values)
-    if not total > 0:
-        return None
-    shares = [value / total for value in values if value > 0]
-    return math.exp(-math.fsum(share * math.log(share) for share in shares))
 
 
 def weight_norms(model: nn.Module, paths: Sequence[str]) -> dict[str, float]:

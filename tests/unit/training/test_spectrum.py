@@ -12,6 +12,7 @@ import torch
 
 from graft.adapters.attach import attach
 from graft.adapters.lora import LoraConfig
+from graft.adapters.spectrum import effective_rank, singular_values, triangles
 from graft.config import build, read_assignments
 from graft.errors import ConfigError
 from graft.models.load import load
@@ -19,7 +20,7 @@ from graft.runs import read_lines
 from graft.training.build import resume, run_from_config
 from graft.training.config import RunConfig
 from graft.training.spectra import interval
-from graft.training.spectrum import effective_rank, measure, singular_values, triangles, updates, weight_norms
+from graft.training.spectrum import measure, updates, weight_norms
 
 
 @pytest.mark.parametrize(("rank", "inner", "outer"), [(4, 30, 20), (8, 8, 50), (16, 10, 6), (1, 5, 5)])

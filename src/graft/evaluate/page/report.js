@@ -5,6 +5,8 @@
 
   const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
+  const WHOLE = [0, 1, 2, 3, 4, 5, 6].flatMap(power => [1, 2, 5].map(factor => factor * 10 ** power));
+
   const short = value => {
     if (value == null) return "–";
     const size = Math.abs(value);
@@ -30,7 +32,7 @@
       label: series.name,
       stroke,
       width: series.dashed ? 2.5 : 1.5,
-      alpha: series.dashed ? 1 : 0.65,
+      alpha: series.faint ? 0.65 : 1,
       dash: series.dashed ? [6, 4] : undefined,
       spanGaps: true,
       points: { show: series.dashed || series.steps.length < 2, size: 8, fill: stroke },
@@ -58,7 +60,7 @@
       height,
       padding: [8, 14, 0, 0],
       scales: { x: { time: false }, y: { distr: spec.log ? 3 : 1 } },
-      axes: [{ ...axis, label: spec.x, size: 30 }, { ...axis, label: spec.y, size: 46 }],
+      axes: [{ ...axis, label: spec.x, size: 30, ...(spec.whole ? { incrs: WHOLE } : {}) }, { ...axis, label: spec.y, size: 46 }],
       cursor: { dataIdx: nearest },
       series: [
         { label: spec.x, value: (plot, value, at, index) => short(index == null ? last(plot.data[at]) : value) },

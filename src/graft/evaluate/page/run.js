@@ -1,6 +1,7 @@
 "use strict";
 // Shows a run from the lines of its logs: those in the page, and those that come over the event stream while it trains.
 (() => {
+  const { make, digits, plain, heat } = graftPage;
   const given = JSON.parse(document.getElementById("run-data").textContent);
   const steps = new Map(), evals = new Map(), spectra = new Map();
   let state = given.state, connection = given.live ? "waiting" : "none";
@@ -8,23 +9,9 @@
 
   const part = name => document.querySelector(`[data-part="${name}"]`);
   const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const make = (tag, className, text) => {
-    const made = document.createElement(tag);
-    if (className) made.className = className;
-    if (text != null) made.textContent = text;
-    return made;
-  };
   const show = (name, wanted) => { const box = part(name); if (box) box.closest("section").hidden = !wanted; };
 
   // Numbers as a reader wants them.
-  const digits = (value, most) => value.toLocaleString("en", { maximumFractionDigits: most, minimumFractionDigits: most });
-  const plain = value => {
-    if (value == null) return "–";
-    const size = Math.abs(value);
-    if (size !== 0 && (size < 1e-3 || size >= 1e7)) return value.toExponential(2);
-    if (size >= 1000) return digits(value, 0);
-    return digits(value, size === 0 ? 0 : Math.max(0, Math.min(4, 3 - Math.floor(Math.log10(size)))));
-  };
   const whole = value => (value == null ? "–" : digits(value, 0));
   const percent = value => (value == null ? "–" : `${digits(100 * value, value < 0.0995 ? 1 : 0)} %`);
   const bytes = value => {
@@ -302,80 +289,22 @@
   const METRICS = {
     effective_rank: { name: "effective rank", told: "of the update s·B·A: 1 where one direction does all, the rank where all do alike" },
     update_ratio: { name: "update / weight", told: "‖s·B·A‖ over ‖W‖, Frobenius norms" },
-    balance: { name: "A / B", told: "‖A‖ over ‖B‖, log scale" },
+    balance: { name: "A / B", log: true, told: "‖A‖ over ‖B‖, log scale" },
   };
-  function block(path) {
-    const found = path.match(/(?:^|\.)[^.]+\.(\d+)\.(.+)$/);
-    return found ? { column: Number(found[1]), row: found[2] } : { column: 0, row: path };
-  }
 
   function spectrum() {
     show("spectra", spectra.size > 0);
     if (!spectra.size) return;
     const all = [...spectra.keys()].sort((a, b) => a - b);
     const step = view.step != null && spectra.has(view.step) ? view.step : all.at(-1);
-    const layers = Object.entries(spectra.get(step).layers).map(([path, figures]) => ({ path, ...block(path), ...figures }));
-    const names = [...new Set(layers.map(layer => layer.row))];
-    const columns = [...new Set(layers.map(layer => layer.column))].sort((a, b) => a - b);
-    const scaled = value => (value == null ? null : view.metric === "balance" ? Math.log(value) : value);
-    const values = layers.map(layer => scaled(layer[view.metric])).filter(value => value != null);
-    const low = Math.min(...values), high = Math.max(...values);
-    if (!layers.some(layer => layer.path === view.layer)) {
-      view.layer = layers.reduce((top, layer) => ((layer.update_ratio ?? 0) > (top.update_ratio ?? 0) ? layer : top)).path;
-    }
-    const box = part("spectra"), kept = box.querySelector(".scroll")?.scrollLeft ?? 0;
-    const focus = document.activeElement?.dataset?.path;
-    const heat = make("div", "heat");
-    heat.style.gridTemplateColumns = `max-content repeat(${columns.length}, minmax(1.95rem, 1fr))`;
-    heat.append(make("div", "row", ""), ...columns.map(column => make("div", "column", String(column))));
-    for (const name of names) {
-      heat.append(make("div", "row", name));
-      for (const column of columns) {
-        const layer = layers.find(one => one.row === name && one.column === column);
-        const cell = make(layer ? "button" : "div");
-        if (layer) {
-          const value = scaled(layer[view.metric]);
-          const share = value == null ? null : high > low ? (value - low) / (high - low) : 0.5;
-          if (share != null) {
-            const [from, to, part] = share < 0.5 ? ["--h0", "--h1", 2 * share] : ["--h1", "--h2", 2 * share - 1];
-            cell.style.setProperty("--heat", `color-mix(in oklab, var(${to}) ${Math.round(100 * part)}%, var(${from}))`);
-            cell.style.setProperty("--on-heat", share > 0.55 ? "var(--on-h2)" : "var(--on-h0)");
-          }
-          cell.type = "button";
-          cell.dataset.path = layer.path;
-          cell.textContent = short(layer[view.metric]);
-          cell.title = `${layer.path}: ${plain(layer[view.metric])}`;
-          cell.setAttribute("aria-pressed", String(layer.path === view.layer));
-          cell.onclick = () => { view.layer = layer.path; spectrum(); };
-        }
-        heat.append(cell);
-      }
-    }
-    const scroll = make("div", "scroll");
-    scroll.append(heat);
-    const scale = make("div", "scale");
-    const back = value => (view.metric === "balance" ? Math.exp(value) : value);
-    if (values.length) scale.append(plain(back(low)), make("i"), plain(back(high)), make("span", "", METRICS[view.metric].told));
-    box.replaceChildren(chooser(all, step), scroll, scale, detail(layers.find(layer => layer.path === view.layer), step));
-    scroll.scrollLeft = kept;
-    if (focus) box.querySelector(`[data-path="${CSS.escape(focus)}"]`)?.focus({ preventScroll: true });
+    const layers = Object.entries(spectra.get(step).layers).map(([path, figures]) => ({ path, values: figures.singular_values, ...figures }));
+    heat(part("spectra"), { layers, metrics: METRICS, view, choices: stepChooser(all, step), redraw: spectrum, told: layer => (
+      `after step ${whole(step)}: effective rank ${plain(layer.effective_rank)} of ${layer.values?.length ?? 0}, update / weight ${plain(layer.update_ratio)}, A / B ${plain(layer.balance)}`
+    ) });
   }
 
-  const short = value => {
-    if (value == null) return "–";
-    if (value !== 0 && (value < 1e-3 || value >= 1e4)) return value.toExponential(0);
-    return value >= 100 ? digits(value, 0) : value >= 10 ? digits(value, 1) : value >= 1 ? digits(value, 1) : digits(value, 3).replace(/^0/, "");
-  };
-
-  function chooser(all, step) {
-    const box = make("div", "choices"), segments = box.appendChild(make("div", "segments"));
-    for (const [metric, { name }] of Object.entries(METRICS)) {
-      const button = segments.appendChild(make("button", "", name));
-      button.type = "button";
-      button.setAttribute("aria-pressed", String(metric === view.metric));
-      button.onclick = () => { view.metric = metric; spectrum(); };
-    }
-    const label = box.appendChild(make("label", "", `after step ${whole(step)}`));
+  function stepChooser(all, step) {
+    const label = make("label", "", `after step ${whole(step)}`);
     if (all.length > 1) {
       const slider = make("input");
       Object.assign(slider, { type: "range", min: 0, max: all.length - 1, value: all.indexOf(step) });
@@ -388,21 +317,7 @@
       slider.onchange = spectrum;
       label.append(slider);
     }
-    return box;
-  }
-
-  function detail(layer, step) {
-    const box = make("div", "layer"), values = layer.singular_values ?? [];
-    box.append(make("h3", "", layer.path));
-    box.append(make("p", "", `after step ${whole(step)}: effective rank ${plain(layer.effective_rank)} of ${values.length}, update / weight ${plain(layer.update_ratio)}, A / B ${plain(layer.balance)}`));
-    const bars = box.appendChild(make("div", "bars"));
-    for (const [at, value] of values.entries()) {
-      const bar = bars.appendChild(make("div"));
-      bar.style.height = `${values[0] ? Math.max(1, (100 * value) / values[0]) : 1}%`;
-      bar.title = `${at + 1}: ${plain(value)}`;
-    }
-    if (values.length) box.append(make("p", "", `singular values of the update, from ${plain(values[0])} to ${plain(values.at(-1))}`));
-    return box;
+    return label;
   }
 
   // What happened.
