@@ -115,9 +115,7 @@ def test_tied_weights_are_one_tensor(family_dir):
 def test_bfloat16_is_bit_equal(directory, monkeypatch):
     # Where the processor has its products; elsewhere ours are made in float32, see test_wide_layers.py.
     monkeypatch.setattr(wide, "_has_products", lambda dtype: True)
-    monkeypatch.setattr(
-        library, "has_attention", lambda: False
-    )  # its sums: tests/unit/models/test_attention.py
+    monkeypatch.setattr(library, "has_attention", lambda: False)  # see test_attention.py
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
     ours = load(directory, dtype="bfloat16")
     ids = ids_of((1, 24))

@@ -14,7 +14,7 @@ from graft.adapters.base import METHODS
 from graft.adapters.inspect_groups import place_of_kind
 from graft.adapters.inspect_layers import Part
 from graft.adapters.peft_config import PeftSettings, read_settings
-from graft.adapters.peft_format import CONFIG
+from graft.adapters.peft_open import CONFIG
 from graft.adapters.peft_stacks import current_names, split_stacks
 from graft.adapters.peft_tensors import WEIGHTS, open_weights, read_tensors
 from graft.adapters.side_file import SideFile, read_side_file

@@ -13,7 +13,7 @@ from graft.adapters.inspect_groups import bands, findings, kinds
 from graft.adapters.inspect_layers import Part, build, facts, facts_without_layer, stand_in
 from graft.adapters.inspect_records import Finding, Inspection, SavedFacts, TensorFacts
 from graft.adapters.peft_config import directory_of
-from graft.adapters.peft_format import CONFIG
+from graft.adapters.peft_open import CONFIG
 from graft.adapters.peft_tensors import WEIGHTS, full_name
 from graft.adapters.side_file import settings_digest
 from graft.dialects import explained
