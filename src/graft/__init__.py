@@ -10,6 +10,7 @@ from graft.models.transformers_hook import install as _install
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdaLoraConfig": "graft.adapters.adalora",
     "Adapter": "graft.adapters.attached",
     "BaseModel": "graft.models.load",
     "DataConfig": "graft.data.config",

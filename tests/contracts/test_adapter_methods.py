@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from graft.adapters.adalora import AdaLoraConfig
 from graft.adapters.base import METHODS, check_adapter_method
 from graft.adapters.dora import DoraConfig
 from graft.adapters.ia3 import Ia3Config
@@ -36,6 +37,7 @@ CASES: dict[str, tuple[str, Any]] = {
     "lokr-dense": ("lokr", LokrConfig(rank=8)),
     "oft": ("oft", OftConfig()),
     "oft-blocks": ("oft", OftConfig(block_size=5)),
+    "adalora": ("adalora", AdaLoraConfig(rank=3, target_rank=2, dropout=0.3)),
     "ia3-feedforward": ("ia3", Ia3Config(target_modules=("layer",), feedforward_modules=("layer",))),
 }
 

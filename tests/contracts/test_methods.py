@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import graft.models.load as models
+from graft.adapters.adalora import AdaLoraConfig
 from graft.adapters.attach import adapter_tensors, adapters_of, attach, detach, disabled, set_active
 from graft.adapters.attached import fixed_tensors, trained_tensors
 from graft.adapters.base import METHODS, check_adapter_method, frozen_tensors, kinds_of
@@ -101,6 +102,7 @@ CONFIGS: dict[str, Callable[[str], Any]] = {
     "loha": lambda family: LohaConfig(rank=3, target_modules=NAMES[family]),
     "lokr": lambda family: LokrConfig(rank=2, target_modules=NAMES[family]),
     "oft": lambda family: OftConfig(block_size=8, target_modules=NAMES[family]),
+    "adalora": lambda family: AdaLoraConfig(rank=4, target_rank=2, target_modules=NAMES[family]),
     "shift": lambda family: ShiftConfig(target_modules=NAMES[family]),
 }
 
@@ -123,6 +125,7 @@ COUNTS: dict[str, Callable[[int, int, bool], int]] = {
         (32, 128): 4 * 8 + 2 * (8 + 16),
     }[out, into],
     "oft": lambda out, into, last: into // 8 * (8 * 7 // 2),
+    "adalora": lambda out, into, last: 4 * (out + into + 1),
     "shift": lambda out, into, last: into,
 }
 """Numbers that train for a layer (out, in); `last` for the last of NAMES."""

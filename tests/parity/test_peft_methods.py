@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import graft.models.load as models
+from graft.adapters.adalora import AdaLoraConfig
 from graft.adapters.attach import adapter_tensors, attach, disabled
 from graft.adapters.attached import fixed_tensors, trained_tensors
 from graft.adapters.dora import DoraConfig
@@ -21,6 +22,7 @@ from graft.adapters.lokr import LokrConfig
 from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.oft import OftConfig
 from graft.adapters.peft_format import load_adapter, save_adapter
+from graft.adapters.steering import steering_of
 from graft.adapters.vera import VeraConfig
 from graft.errors import AdapterError
 
@@ -171,6 +173,13 @@ CASES: dict[str, Case] = {
         },
         ("llama", "qwen2", "gemma3_text"),
     ),
+    "adalora": Case(
+        lambda family: AdaLoraConfig(rank=5, target_rank=3, alpha=7, target_modules=tuple(LINEARS[family])),
+        "AdaLoraConfig",
+        lambda family: {
+            "init_r": 5, "target_r": 3, "lora_alpha": 7, "total_step": 10, "target_modules": LINEARS[family],
+        },
+    ),
 }  # fmt: skip
 
 PLACES = [(name, family) for name, case in CASES.items() for family in case.families]
@@ -249,8 +258,11 @@ def test_gradients_are_those_of_peft(
     shake(trained_tensors(base.model).values())
     save_adapter(base.model, tmp_path / "a")
     theirs = theirs_over(directory, tmp_path / "a", is_trainable=True)
-    for model in (base.model, theirs):
-        model(IDS, labels=IDS).loss.backward()
+    steering = steering_of(base.model, 10)
+    added = None if steering is None else steering.regularization()  # theirs is in the loss
+    for model, more in ((base.model, added), (theirs, None)):
+        loss = model(IDS, labels=IDS).loss
+        (loss if more is None else loss + more).backward()
     other = {
         key.replace(".default.weight", "" if "lora_magnitude" in key else ".weight").replace(
             ".default", ""

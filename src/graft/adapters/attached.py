@@ -123,7 +123,7 @@ def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, nn.Par
 
 
 def trained_tensors(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
-    """Those of an adapter's tensors that can train, as `adapter_tensors` has them.
+    """Those of an adapter's tensors that can train, as `adapter_tensors` has them; none without numbers.
 
     Args:
         model: A model that carries it.
@@ -136,7 +136,7 @@ def trained_tensors(model: nn.Module, name: str = "default") -> dict[str, nn.Par
 
 
 def fixed_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """Those of an adapter's tensors that never train, those that its layers share among them.
+    """Those of an adapter's tensors that no gradient changes: what its layers share, and their state, too.
 
     Args:
         model: A model that carries it.
@@ -149,7 +149,11 @@ def fixed_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
         AdapterError: The model has no such adapter.
     """
     shared = adapter(model, name).shared
-    return {**_of_kind(model, name, frozen=True), **({} if shared is None else dict(shared.named_buffers()))}
+    return {
+        **_of_kind(model, name, frozen=True),
+        **({} if shared is None else dict(shared.named_buffers())),
+        **_states(model, name),
+    }
 
 
 def active_fixed_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -170,8 +174,19 @@ def _of_kind(model: nn.Module, name: str, *, frozen: bool) -> dict[str, nn.Param
         f"{path}.{leaf}" if path else leaf: tensor
         for path, module in adapter_modules(model).items()
         for leaf, tensor in _tensors(module, name).items()
-        if (leaf in _frozen(module, known)) == frozen
+        if (leaf in _frozen(module, known)) == frozen and (frozen or tensor.numel())
     }
+
+
+def _states(model: nn.Module, name: str) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path, module in adapter_modules(model).items():
+        if not isinstance(module, AdaptedLayer) or name not in module.adapters:
+            continue
+        layer: Any = module.adapters[name]
+        own = layer.state_tensors() if hasattr(layer, "state_tensors") else {}
+        found |= {f"{path}.{leaf}" if path else leaf: tensor for leaf, tensor in own.items()}
+    return found
 
 
 def _frozen(module: AdaptedLayer | SavedModule, known: Adapter) -> frozenset[str]:

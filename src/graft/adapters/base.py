@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from typing import TYPE_CHECKING, Any, Protocol
 
+from graft.adapters.adalora import AdaLoraMethod
 from graft.adapters.dora import DoraMethod
 from graft.adapters.ia3 import Ia3Method
 from graft.adapters.loha import LohaMethod
@@ -64,6 +65,9 @@ class AdapterLayer(Protocol):
     - `reference_forward(x, base_output, base)`: the same in plain differentiable operations, which the
       gradients of `forward` are checked against; without it they are checked by finite differences.
     - `share(shared)`: takes what `AdapterMethod.build_shared` made.
+    - `update_factors()`: A (rank, in) and B (out, rank) of an update `scaling` B A that has other tensors.
+    - `state_tensors()`: by name, what neither trains nor follows from the base and the settings.
+    - `is_pruned`: whether the layer rests for now, so that its gradients may be zero.
     """
 
     @property
@@ -90,6 +94,10 @@ class AdapterMethod(Protocol):
     - `build_shared(bases, config)`: an `nn.Module` whose buffers, by their names in files, belong to all
       layers of one adapter together. They never train, and follow from the settings and the layers alone.
     - `shared_shapes(bases, config)`: their names and shapes, without making them; needed beside it.
+    - `steer(layers, config, num_steps, settled=...)`: the `Steering` of a run over its layers by path;
+      `settled` in a later phase, which changes nothing more.
+    - `stored(layers, config)`: what files hold where that is not what the layers hold: the settings to be
+      written and the tensors of each layer by their names; layers that are missing there are left out.
     """
 
     @property
@@ -113,6 +121,25 @@ class AdapterMethod(Protocol):
         """
 
 
+class Steering(Protocol):
+    """What a method does between the steps of a run, besides what the gradients do; the loop calls it."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it, by name; copied back in place when a run goes on."""
+
+    def regularization(self) -> Tensor | None:
+        """What is added to the loss of a step, once, differentiable; None for nothing."""
+
+    def before_update(self, step: int) -> None:
+        """With the gradients of the whole step there, as they are before clipping; steps count from 1."""
+
+    def after_step(self, step: int) -> None:
+        """With the step made, skipped ones too."""
+
+    def figures(self) -> dict[str, float]:
+        """Figures of the step for the log, finite, and none of the clock's."""
+
+
 METHODS: dict[str, AdapterMethod] = {
     method.name: method
     for method in (
@@ -124,6 +151,7 @@ METHODS: dict[str, AdapterMethod] = {
         LohaMethod(),
         LokrMethod(),
         OftMethod(),
+        AdaLoraMethod(),
     )
 }
 """The methods by name; one of your own joins them with `METHODS[method.name] = method`."""

@@ -44,7 +44,7 @@ def asked_tensors(model: nn.Module, made: Adapter) -> dict[str, tuple[int, ...]]
     asked: dict[str, tuple[int, ...]] = {}
     for path, base in select_targets(model, selection, strict=False).items():
         for leaf, shape in method.tensor_shapes(base, config.at(path)).items():
-            if leaf not in frozen:
+            if leaf not in frozen and 0 not in shape:
                 asked[f"{path}.{leaf}"] = tuple(shape)
     for path in made.saved_modules:
         for leaf, tensor in unwrapped(model.get_submodule(path)).named_parameters():
@@ -54,6 +54,9 @@ def asked_tensors(model: nn.Module, made: Adapter) -> dict[str, tuple[int, ...]]
 
 def factors(layer: Any) -> tuple[Tensor, Tensor] | None:
     """The two factors of a layer's update; None for an update that is no plain product of two."""
+    if hasattr(layer, "update_factors"):
+        own: tuple[Tensor, Tensor] = layer.update_factors()
+        return own
     tensors = layer.tensors()
     for first, second in PAIRS:
         if tensors.keys() == {first, second}:

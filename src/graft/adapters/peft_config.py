@@ -17,7 +17,8 @@ from torch import nn
 
 from graft.adapters.attached import Adapter
 from graft.adapters.base import METHODS
-from graft.adapters.peft_dialects import Dialect, check_options, dialect_for, dialect_of
+from graft.adapters.peft_dialect import Dialect
+from graft.adapters.peft_dialects import check_options, dialect_for, dialect_of
 from graft.adapters.peft_fields import Field, integers, list_of_names, names
 from graft.adapters.targets import Selection, base_layers, select_targets
 from graft.errors import AdapterError, ConfigError, TargetError

@@ -23,7 +23,7 @@ from graft.adapters.attached import (
     trained_tensors,
 )
 from graft.adapters.base import method_of
-from graft.adapters.effect import idle_layers
+from graft.adapters.effect import adapted_layers, idle_layers
 from graft.adapters.peft_config import (
     SEQUENCE_CLASSIFICATION,
     PeftSettings,
@@ -96,20 +96,21 @@ def save_adapter(
     """
     directory = directory_of(directory, "directory")
     known = adapter(model, name)
+    written, own = _stored(model, known)
     tensors = {
         full_name(key): tensor.detach().float().cpu().contiguous()
-        for key, tensor in {**adapter_tensors(model, name), **_shared(known)}.items()
+        for key, tensor in {**own, **_shared(known)}.items()
     }
     for key, tensor in tensors.items():
         check_finite(tensor, key, f"adapter {name!r}")
-    settings = write_settings(model, known)
+    settings = write_settings(model, written)
     side = SideFile(
         base_fingerprint(model),
         tensors_digest(tensors.items()),
         settings_digest(settings),
         known.forced_base,
         dict(known.facts if facts is None else facts),
-        "" if method_written(settings) == known.config.method else known.config.method,
+        "" if method_written(settings) == written.config.method else written.config.method,
     )
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     with new_directory(directory, replace=True, needed_bytes=size) as partial:
@@ -120,6 +121,22 @@ def save_adapter(
         if is_classifier(model):
             write_classes(model, partial)
     return directory
+
+
+def _stored(model: nn.Module, known: Adapter) -> tuple[Adapter, Mapping[str, Tensor]]:
+    """An adapter and its tensors as files hold them (`AdapterMethod.stored`)."""
+    tensors: dict[str, Tensor] = dict(adapter_tensors(model, known.name))
+    store = getattr(method_of(known.config), "stored", None)
+    if store is None:
+        return known, tensors
+    config, of_layers = store(adapted_layers(model, known.name), known.config)
+    saved = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if any(key.startswith(f"{path}.") for path in known.saved_modules)
+    }
+    own = {f"{path}.{leaf}": tensor for path, parts in of_layers.items() for leaf, tensor in parts.items()}
+    return dataclasses.replace(known, config=config, targets=tuple(of_layers)), {**own, **saved}
 
 
 @explained

@@ -182,7 +182,8 @@ class Audit:
         waiting = self._waiting.excused(starved + zero, alive)
         notes = []
         if waiting:
-            notes.append(f"{len(waiting)} tensors of experts or routers had no token to learn from so far")
+            who = "experts or routers without a token, or of layers without a rank"
+            notes.append(f"{len(waiting)} tensors of {who}, wait for a gradient")
         early = [] if len(self._steps) >= NUM_STEPS else zero
         if early:
             notes.append(f"{len(early)} tensors get their first gradient after the first step; there was one")
