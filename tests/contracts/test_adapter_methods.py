@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, Any]] = {
     "lokr-dense": ("lokr", LokrConfig(rank=8)),
     "oft": ("oft", OftConfig()),
     "oft-blocks": ("oft", OftConfig(block_size=5)),
+    "lora-bias": ("lora", LoraConfig(bias="all")),
     "adalora": ("adalora", AdaLoraConfig(rank=3, target_rank=2, dropout=0.3)),
     "ia3-feedforward": ("ia3", Ia3Config(target_modules=("layer",), feedforward_modules=("layer",))),
 }

@@ -97,10 +97,8 @@ def test_untouched_copy_loads(model: Any, directory: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("bias", "all"),
-        ("bias", "lora_only"),
+        ("bias", "some"),
         ("use_bdlora", {"x": 1}),
-        ("lora_bias", True),
         ("trainable_token_indices", [1, 2]),
         ("target_parameters", ["experts.gate_up_proj"]),
         ("layer_replication", [[0, 1]]),

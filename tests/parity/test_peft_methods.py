@@ -19,6 +19,7 @@ from graft.adapters.dora import DoraConfig
 from graft.adapters.ia3 import Ia3Config
 from graft.adapters.loha import LohaConfig
 from graft.adapters.lokr import LokrConfig
+from graft.adapters.lora import LoraConfig
 from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.oft import OftConfig
 from graft.adapters.peft_format import load_adapter, save_adapter
@@ -100,6 +101,23 @@ CASES: dict[str, Case] = {
         "LoraConfig",
         lambda family: {"r": 4, "use_dora": True, "target_modules": [embedding(family), "lm_head"]},
         ("llama", "gemma3_text"),
+    ),
+    "lora-bias-of-targets": Case(
+        lambda family: LoraConfig(rank=4, alpha=12, bias="lora_only", target_modules=tuple(LINEARS[family])),
+        "LoraConfig",
+        lambda family: {"r": 4, "lora_alpha": 12, "bias": "lora_only", "target_modules": LINEARS[family]},
+        ("qwen2", "gpt2"),
+    ),
+    "lora-bias-of-all": Case(
+        lambda family: LoraConfig(rank=4, alpha=12, bias="all", target_modules=tuple(LINEARS[family])),
+        "LoraConfig",
+        lambda family: {"r": 4, "lora_alpha": 12, "bias": "all", "target_modules": LINEARS[family]},
+        ("qwen2", "gpt2"),
+    ),
+    "lora-bias-of-b": Case(
+        lambda family: LoraConfig(rank=4, alpha=12, lora_bias=True, target_modules=tuple(LINEARS[family])),
+        "LoraConfig",
+        lambda family: {"r": 4, "lora_alpha": 12, "lora_bias": True, "target_modules": LINEARS[family]},
     ),
     "lora_fa": Case(
         lambda family: LoraFaConfig(rank=4, alpha=12, target_modules=tuple(LINEARS[family])),

@@ -23,7 +23,14 @@ from graft.adapters.attached import (
 from graft.adapters.base import AdapterConfig, kinds_of, method_of
 from graft.adapters.initializers import generator_for
 from graft.adapters.patterns import first_match
-from graft.adapters.targets import ALL_LINEAR, Selection, select_saved, select_targets, tied_pair
+from graft.adapters.targets import (
+    ALL_LINEAR,
+    Selection,
+    select_biases,
+    select_saved,
+    select_targets,
+    tied_pair,
+)
 from graft.config import did_you_mean
 from graft.dialects import explained
 from graft.errors import AdapterError, TargetError
@@ -105,9 +112,14 @@ def install(
     targets = select_targets(model, selection, strict=strict)
     saved = select_saved(model, selection.modules_to_save)
     _refuse_kinds(config, targets)
+    for path, base in targets.items():
+        method_of(config).tensor_shapes(base, config.at(path))  # refuses what it cannot do, before a change
     if strict:
         _refuse_idle_patterns(config, targets)
     _refuse_overlap(model, targets, saved)
+    biases = select_biases(model, config, targets, saved)
+    if strict:
+        _refuse_idle_bias(config, targets, biases)
     if seed is not None:
         _refuse_without_gradient(targets)
     record = attachments(model)
@@ -119,9 +131,9 @@ def install(
     shared = _shared(config, targets)
     for path, base in targets.items():
         _adapt(model, path, base, config, name, seed, shared)
-    for path in saved:
-        _save_whole(model, path, name)
-    adapter = Adapter(name, config, tuple(targets), tuple(saved), 0, shared=shared)
+    for path in (*saved, *biases):
+        _save_module(model, path, name, whole=path in saved)
+    adapter = Adapter(name, config, tuple(targets), tuple(saved), 0, tuple(biases), shared=shared)
     record.adapters[name] = adapter
     adapter.num_trainable = sum(tensor.numel() for tensor in trained_tensors(model, name).values())
     adapter.notes += _tied_notes(model, adapter)
@@ -159,6 +171,17 @@ def _refuse_idle_patterns(config: AdapterConfig, targets: Mapping[str, BaseLayer
                     where=f"adapter.{field}",
                     fix=did_you_mean(item.rpartition("=")[0], {path.rpartition(".")[2] for path in targets}),
                 )
+
+
+def _refuse_idle_bias(config: AdapterConfig, targets: Mapping[str, BaseLayer], biases: list[str]) -> None:
+    wanted = getattr(config, "bias", "none")
+    if wanted != "none" and not biases and all(base.bias is None for base in targets.values()):
+        raise TargetError(
+            f"bias {wanted!r} selects nothing: "
+            + ("no target has a bias" if wanted == "lora_only" else "the model has no bias"),
+            where="adapter.bias",
+            fix="leave it out; adapter.lora_bias gives lora_B one",
+        )
 
 
 def _refuse_without_gradient(targets: Mapping[str, BaseLayer]) -> None:
@@ -225,12 +248,15 @@ def _adapt(
     module.adapters[name] = layer.to(base.device).train(module.training)
 
 
-def _save_whole(model: nn.Module, path: str, name: str) -> None:
+def _save_module(model: nn.Module, path: str, name: str, *, whole: bool) -> None:
     module = model.get_submodule(path)
     if not isinstance(module, SavedModule):
         module = SavedModule(module)
         replace_module(model, path, module)
-    module.add_copy(name)
+    if whole:
+        module.add_copy(name)
+    else:
+        module.add_bias(name)
 
 
 def _tied_notes(model: nn.Module, adapter: Adapter) -> list[str]:

@@ -32,6 +32,8 @@ class Adapter:
     """Paths of the modules that it trains in full."""
     num_trainable: int
     """Numbers in its tensors."""
+    bias_modules: tuple[str, ...] = ()
+    """Paths of the modules beside its targets whose bias it trains."""
     trainable: bool = True
     """Whether its tensors get gradients while it is active."""
     notes: list[str] = field(default_factory=list)
@@ -42,6 +44,11 @@ class Adapter:
     """What its file says about how it was made."""
     shared: nn.Module | None = None
     """Holds the tensors that its layers share (`AdapterMethod.build_shared`); they do not train."""
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Paths of all that it trains something of."""
+        return (*self.targets, *self.saved_modules, *self.bias_modules)
 
 
 @dataclass(eq=False)

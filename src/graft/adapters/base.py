@@ -60,7 +60,8 @@ class AdapterLayer(Protocol):
       not additive gets the plain base output, and a merge that would change the weight under it is refused.
     - `adapt_input(x)`: what the base layer and `forward` are given in place of x. Not additive.
     - `begin(x)`: the part of `forward` that needs no base output; see `LoraLinear.begin`. Additive only.
-    - `merged_bias(base, bias)`: the bias of the plain layer, where it is another one than the base's.
+    - `merged_bias(base, bias)`: the bias of the plain layer, where it may be another one than the base's,
+      which may be None.
     - `idle(base)`: whether the layer leaves every output as it is, as far as that can be told cheaply.
     - `reference_forward(x, base_output, base)`: the same in plain differentiable operations, which the
       gradients of `forward` are checked against; without it they are checked by finite differences.

@@ -49,6 +49,9 @@ def asked_tensors(model: nn.Module, made: Adapter) -> dict[str, tuple[int, ...]]
     for path in made.saved_modules:
         for leaf, tensor in unwrapped(model.get_submodule(path)).named_parameters():
             asked[f"{path}.{leaf}"] = tuple(tensor.shape)
+    for path in made.bias_modules:
+        bias: Any = unwrapped(model.get_submodule(path)).bias
+        asked[f"{path}.bias"] = tuple(bias.shape)
     return asked
 
 
@@ -76,22 +79,23 @@ def idle_layers(model: nn.Module, name: str) -> list[str]:
     for path, layer in adapted_layers(model, name).items():
         if is_idle(model, path, layer):
             idle.append(path)
-    for path in adapter(model, name).saved_modules:
+    made = adapter(model, name)
+    for path in (*made.saved_modules, *made.bias_modules):
         module: Any = model.get_submodule(path)
-        copies = module.tensors(name)
-        if all(torch.equal(copies[leaf].to(old), old) for leaf, old in module.original.named_parameters()):
+        old = dict(module.original.named_parameters())
+        if all(torch.equal(new.to(old[leaf]), old[leaf]) for leaf, new in module.tensors(name).items()):
             idle.append(path)
     return idle
 
 
 def is_idle(model: nn.Module, path: str, layer: Any) -> bool:
     """Whether a layer at a path of a model leaves every output as it is; false where that cannot be told."""
-    pair = factors(layer)
-    if pair is not None:
-        return not (bool(pair[1].any()) and bool(pair[0].any()))
     ask = getattr(layer, "idle", None)
-    module: Any = model.get_submodule(path)
-    return ask is not None and bool(ask(module.base))
+    if ask is not None:
+        module: Any = model.get_submodule(path)
+        return bool(ask(module.base))
+    pair = factors(layer)
+    return pair is not None and not (bool(pair[1].any()) and bool(pair[0].any()))
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ def merge_into(model: nn.Module, name: str = "default") -> bool:
     known = adapter(model, name)
     modules = adapter_modules(model)
     _refuse_quantized(modules, name)
+    _refuse_new_bias(modules, name)
     _refuse_beside(modules, name)
     pair = tied_pair(model)
     touched = {*known.targets, *known.saved_modules}
@@ -63,6 +64,19 @@ def _refuse_quantized(modules: dict[str, AdaptedLayer | SavedModule], name: str)
             )
 
 
+def _refuse_new_bias(modules: dict[str, AdaptedLayer | SavedModule], name: str) -> None:
+    for path, module in modules.items():
+        if isinstance(module, SavedModule) or name not in module.adapters or module.base.bias is not None:
+            continue
+        layer: Any = module.adapters[name]
+        if hasattr(layer, "merged_bias") and layer.merged_bias(module.base, None) is not None:
+            raise AdapterError(
+                f"{path} has no bias that the bias of lora_B could be folded into",
+                where=path,
+                fix="use the adapter as it is, or train it without adapter.lora_bias",
+            )
+
+
 def _refuse_beside(modules: dict[str, AdaptedLayer | SavedModule], name: str) -> None:
     # Of several adapters each is a change of the base as it is; where that change depends on the weight,
     # folding one of them in would make another change of the rest.
@@ -80,7 +94,7 @@ def _refuse_beside(modules: dict[str, AdaptedLayer | SavedModule], name: str) ->
 
 def _fold_layer(base: BaseLayer, layer: Any) -> None:
     bias = base.bias
-    merged = layer.merged_bias(base, bias) if bias is not None and hasattr(layer, "merged_bias") else None
+    merged = layer.merged_bias(base, bias) if hasattr(layer, "merged_bias") else None
     base.replace_weight(layer.merged_weight(base, base.dense_weight()))
     if bias is not None and merged is not None:
         with torch.no_grad():
@@ -93,7 +107,8 @@ def _fold_copy(module: SavedModule, name: str) -> None:
     trained = module.tensors(name)
     with torch.no_grad():
         for leaf, old in module.original.named_parameters():
-            old.copy_(trained[leaf])
+            if leaf in trained:
+                old.copy_(trained[leaf])
 
 
 def _untie(model: Any, head: str) -> None:

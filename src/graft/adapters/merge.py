@@ -176,7 +176,7 @@ def merge(
             adapter_effect=effect,
             gap_dense=gaps.get("dense"),
             gap_dequantized=gaps.get("dequantized"),
-            num_layers=len(adapter.targets) + len(adapter.saved_modules),
+            num_layers=len(adapter.places),
             untied=untied,
             forced_base=adapter.forced_base,
             fingerprint=fingerprint,

@@ -112,6 +112,17 @@ def pattern(kind: Callable[[Any], float]) -> Callable[[Any], tuple[str, ...]]:
     return read
 
 
+def one_of(*words: str) -> Callable[[Any], str]:
+    """One of some words."""
+
+    def read(value: Any) -> str:
+        if value not in words:
+            raise TypeError(f"one of {', '.join(words)}")
+        return str(value)
+
+    return read
+
+
 def chosen_ranks(value: Any) -> tuple[str, ...]:
     """AdaLoRA's lists of which ranks are left, by the name of a layer's lora_E, as "path=rank" items.
 

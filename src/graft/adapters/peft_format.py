@@ -51,7 +51,7 @@ from graft.adapters.side_file import (
     settings_digest,
     tensors_digest,
 )
-from graft.adapters.targets import Selection, refuse_quantized, select_targets
+from graft.adapters.targets import Selection, refuse_quantized, select_biases, select_targets
 from graft.dialects import explained
 from graft.errors import AdapterError, ConfigError, TargetError
 from graft.files import new_directory, write_json, write_tensors
@@ -65,6 +65,7 @@ _NO_TARGETS: dict[str, Any] = {
     "layers": None,
     "rank_pattern": (),
     "alpha_pattern": (),
+    "lora_bias": False,
 }
 """What is left of the fields that only act on targets where a file has none."""
 
@@ -221,7 +222,7 @@ def load_adapter(
 
 
 def _check_effect(model: nn.Module, made: Adapter, before: Sequence[str], directory: Path) -> None:
-    idle, places = idle_layers(model, made.name), (*made.targets, *made.saved_modules)
+    idle, places = idle_layers(model, made.name), made.places
     if len(idle) == len(places):
         detach(model, made.name)
         set_active(model, list(before))
@@ -294,6 +295,9 @@ def _expected_shapes(
     for path in settings.selection.modules_to_save:
         for leaf, tensor in unwrapped(model.get_submodule(path)).named_parameters():
             expected[f"{path}.{leaf}"] = tuple(tensor.shape)
+    for path in select_biases(model, settings.config, targets, settings.selection.modules_to_save):
+        bias: Any = unwrapped(model.get_submodule(path)).bias
+        expected[f"{path}.bias"] = tuple(bias.shape)
     if targets and hasattr(method, "shared_shapes") and raw.get("save_projection", True):
         shapes = method.shared_shapes(list(targets.values()), settings.config)
         expected |= {f".{name}": shape for name, shape in shapes.items()}

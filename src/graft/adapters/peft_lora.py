@@ -6,12 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from graft.adapters.peft_dialect import Dialect, written_patterns
-from graft.adapters.peft_fields import Field, chosen_ranks, flag, number, pattern, plain, shown, whole
+from graft.adapters.peft_fields import Field, chosen_ranks, flag, number, one_of, pattern, plain, shown, whole
 from graft.errors import AdapterError
 
 _LORA_REFUSED: dict[str, Any] = {
-    "bias": "none",
-    "lora_bias": False,
     "trainable_token_indices": None,
     "layer_replication": None,
     "alora_invocation_tokens": None,
@@ -30,6 +28,18 @@ _LORA_REFUSED: dict[str, Any] = {
 
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that leave the base weights as they are."""
+
+
+_NO_BIAS: dict[str, Any] = {"bias": "none", "lora_bias": False}
+
+
+def _read_plain_lora(file: Field) -> dict[str, Any]:
+    """Of LoRA itself, which has more than its kin."""
+    return {
+        **_read_lora(file),
+        "bias": file.read("bias", one_of("none", "all", "lora_only"), "none"),
+        "lora_bias": file.read("lora_bias", flag, False),
+    }
 
 
 def _read_lora(file: Field) -> dict[str, Any]:
@@ -59,9 +69,9 @@ def _write_lora(config: Any, layers: Mapping[str, Any], targets: list[str]) -> d
         **written_patterns(config, layers),
         "use_rslora": config.use_rslora,
         "init_lora_weights": True if config.init == "kaiming" else config.init,
-        "bias": "none",
+        "bias": getattr(config, "bias", "none"),
         "use_dora": config.method == "dora",
-        "lora_bias": False,
+        "lora_bias": getattr(config, "lora_bias", False),
     }
 
 
@@ -76,14 +86,14 @@ def lora_dialect(method: str, claims: Callable[[Mapping[str, Any]], bool], **ref
     return Dialect(
         method=method,
         peft_type="LORA",
-        read=_read_lora,
+        read=_read_plain_lora if method == "lora" else _read_lora,
         write=_write_lora,
         leaf="lora_",
         honoured=frozenset({
             "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
-            "init_lora_weights", "use_dora", "target_parameters",
+            "init_lora_weights", "use_dora", "target_parameters", "bias", "lora_bias",
         }),
-        refused={**_LORA_REFUSED, **refused},
+        refused={**_LORA_REFUSED, **({} if method == "lora" else _NO_BIAS), **refused},
         idle=frozenset({
             "fan_in_fan_out", "megatron_core", "qalora_group_size", "eva_config", "runtime_config",
         }),
@@ -142,7 +152,7 @@ ADALORA = Dialect(
         "rank_pattern",
     }),
     refused={
-        **_LORA_REFUSED, "use_dora": False, "target_parameters": None,
+        **_LORA_REFUSED, **_NO_BIAS, "use_dora": False, "target_parameters": None,
     },
     idle=frozenset({
         "r", "tinit", "tfinal", "deltaT", "total_step", "use_rslora", "alpha_pattern", "init_lora_weights",

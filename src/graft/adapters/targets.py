@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import nn
 
 from graft.adapters.adapted import AdaptedLayer, SavedModule, unwrapped
 from graft.adapters.patterns import Selector
 from graft.config import closest
-from graft.errors import TargetError
+from graft.errors import AdapterError, TargetError
 from graft.models.experts import stacked_experts
 from graft.models.layers import BaseLayer
 
@@ -192,6 +192,37 @@ def select_saved(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Modul
         )
     for path, module in found.items():
         refuse_quantized(path, module)
+    return found
+
+
+def select_biases(
+    model: nn.Module, config: Any, targets: Collection[str], saved: Collection[str]
+) -> list[str]:
+    """The modules beside an adapter's targets whose bias trains (`bias: all`), by path.
+
+    Args:
+        model: A model, with or without adapters.
+        config: The adapter's settings; only LoRA's have the field.
+        targets: Paths of its targets, whose layers train their biases themselves.
+        saved: Paths of what it trains in full.
+
+    Raises:
+        AdapterError: A module with a bias carries another adapter, or holds a target.
+    """
+    if getattr(config, "bias", "none") != "all":
+        return []
+    found = []
+    for path, module in _modules(model, ""):
+        inside = any(f"{path}.".startswith(f"{outer}.") for outer in saved)
+        if path in targets or inside or unwrapped(module)._parameters.get("bias") is None:
+            continue
+        if isinstance(module, AdaptedLayer) or any(inner.startswith(f"{path}.") for inner in targets):
+            raise AdapterError(
+                f"the bias of {path} cannot train alone: it carries another adapter, or holds a target",
+                where=path,
+                fix="detach the other adapter, or take bias lora_only",
+            )
+        found.append(path)
     return found
 
 

@@ -153,7 +153,7 @@ def _adapter_defects(subject: Subject) -> list[Finding]:
     if made is None:
         return []
     modules = adapter_modules(subject.model)
-    holders = [path for path in (*made.targets, *made.saved_modules) if path in modules]
+    holders = [path for path in made.places if path in modules]
     asleep = [path for path in holders if made.name not in modules[path].active]
     if made.name not in active_adapters(subject.model):
         asleep = asleep or [made.name]

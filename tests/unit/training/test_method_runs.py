@@ -66,11 +66,23 @@ def test_a_run_passes_its_audit_and_resumes_to_the_same_bits(
     quantized: bool,
 ) -> None:
     more = [f"adapter.method={name}", *(["quantization.quant_type=nf4"] if quantized else [])]
-    whole = run_from_config(config(tiny_dir("llama"), rows, tmp_path / "whole", *more))
+    resumes_to_the_same_bits(tiny_dir("llama"), rows, tmp_path, monkeypatch, more, quantized=quantized)
+
+
+def resumes_to_the_same_bits(
+    base: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+    *,
+    quantized: bool,
+) -> None:
+    whole = run_from_config(config(base, rows, tmp_path / "whole", *more))
     with monkeypatch.context() as patch:
         kill_before_step(2, patch)
         with pytest.raises(Killed):
-            run_from_config(config(tiny_dir("llama"), rows, tmp_path / "killed", *more))
+            run_from_config(config(base, rows, tmp_path / "killed", *more))
     assert tensors_of(resume(tmp_path / "killed").adapter) == tensors_of(whole.adapter)
     assert whole.adapter is not None
     report = merge(whole.adapter, tmp_path / "merged")
@@ -79,6 +91,26 @@ def test_a_run_passes_its_audit_and_resumes_to_the_same_bits(
     assert report.adapter_effect > 0
     if not quantized:
         assert gap < 1e-4
+
+
+EXTRAS = {
+    "biases": ("gpt2", ["adapter.bias=all", "adapter.lora_bias=true"]),
+}
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("name", EXTRAS)
+def test_what_trains_beside_lora_does_so_in_a_run(
+    tiny_dir: Callable[..., Path],
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    quantized: bool,
+) -> None:
+    family, more = EXTRAS[name]
+    more = [*more, *(["quantization.quant_type=nf4"] if quantized else [])]
+    resumes_to_the_same_bits(tiny_dir(family), rows, tmp_path, monkeypatch, more, quantized=quantized)
 
 
 @pytest.mark.parametrize("name", ["lora_fa", "vera"])
