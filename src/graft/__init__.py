@@ -27,6 +27,7 @@ _HOMES = {
     "Run": "graft.training.build",
     "RunConfig": "graft.training.config",
     "TrainingConfig": "graft.training.config",
+    "TrainableTokensConfig": "graft.adapters.trainable_tokens",
     "VeraConfig": "graft.adapters.vera",
     "adapters_of": "graft.adapters.attached",
     "as_classifier": "graft.models.classifier",

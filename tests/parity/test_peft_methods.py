@@ -24,6 +24,7 @@ from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.oft import OftConfig
 from graft.adapters.peft_format import load_adapter, save_adapter
 from graft.adapters.steering import steering_of
+from graft.adapters.trainable_tokens import TrainableTokensConfig
 from graft.adapters.vera import VeraConfig
 from graft.errors import AdapterError
 
@@ -39,6 +40,8 @@ TOLERANCE = 1e-5
 """fp32 logits of order one; the two sides sum in another order."""
 
 IDS = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(3))
+TOKENS = tuple(sorted({*IDS[0].tolist(), 5, 200}, reverse=True))
+"""The tokens of one text and two more, not in order."""
 
 FAMILIES = ("llama", "qwen2", "gpt2", "gemma3_text")
 """Plain linears; with biases and a tied head; Conv1D; a scaled embedding."""
@@ -191,6 +194,21 @@ CASES: dict[str, Case] = {
         },
         ("llama", "qwen2", "gemma3_text"),
     ),
+    "trainable_tokens": Case(
+        lambda family: TrainableTokensConfig(token_indices=TOKENS),
+        "TrainableTokensConfig",
+        lambda family: {"token_indices": list(TOKENS)},
+    ),
+    "lora-and-tokens": Case(
+        lambda family: LoraConfig(
+            rank=4, alpha=12, trainable_token_indices=TOKENS, target_modules=tuple(LINEARS[family])
+        ),
+        "LoraConfig",
+        lambda family: {
+            "r": 4, "lora_alpha": 12, "trainable_token_indices": list(TOKENS),
+            "target_modules": LINEARS[family],
+        },
+    ),
     "adalora": Case(
         lambda family: AdaLoraConfig(rank=5, target_rank=3, alpha=7, target_modules=tuple(LINEARS[family])),
         "AdaLoraConfig",
@@ -262,7 +280,7 @@ def test_we_load_peft(tiny_dir: Callable[..., Path], name: str, family: str, tmp
     save_adapter(base.model, tmp_path / "b")
     one, other = (load_file(tmp_path / which / "adapter_model.safetensors") for which in "ab")
     assert other.keys() <= one.keys()  # PEFT adds the weights of embeddings that are targeted
-    assert all("embed" in key or "lm_head" in key for key in one.keys() - other.keys())
+    assert all("embed" in key or "lm_head" in key for key in one.keys() - other.keys())  # and tied rows twice
     assert all(torch.equal(one[key], other[key]) for key in other)
 
 

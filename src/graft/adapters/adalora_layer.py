@@ -72,7 +72,7 @@ class AdaLoraLayer(nn.Module):
         return self.lora_A.detach(), self.lora_B.detach() * self.lora_E.detach().t()
 
     @property
-    def is_pruned(self) -> bool:
+    def may_wait(self) -> bool:
         """Whether the allocator has taken every triplet: gradients may be zero."""
         return not bool(self.kept.any())
 

@@ -83,6 +83,15 @@ def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     return dict(attachments(model).adapters)
 
 
+def stays_tied(model: nn.Module, name: str) -> bool:
+    """Whether an adapter does the same to embedding and output head, so that they keep sharing a weight."""
+    own = adapter(model, name).places
+    return any(
+        path not in own and isinstance(module, AdaptedLayer) and name in module.adapters
+        for path, module in adapter_modules(model).items()
+    )
+
+
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
     """Names of the adapters that act now."""
     return attachments(model).active

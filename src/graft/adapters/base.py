@@ -13,6 +13,7 @@ from graft.adapters.lokr import LokrMethod
 from graft.adapters.lora import LoraMethod
 from graft.adapters.lora_fa import LoraFaMethod
 from graft.adapters.oft import OftMethod
+from graft.adapters.trainable_tokens import TrainableTokensMethod
 from graft.adapters.vera import VeraMethod
 from graft.errors import ConfigError
 
@@ -68,7 +69,9 @@ class AdapterLayer(Protocol):
     - `share(shared)`: takes what `AdapterMethod.build_shared` made.
     - `update_factors()`: A (rank, in) and B (out, rank) of an update `scaling` B A that has other tensors.
     - `state_tensors()`: by name, what neither trains nor follows from the base and the settings.
-    - `is_pruned`: whether the layer rests for now, so that its gradients may be zero.
+    - `may_wait`: whether its gradients may be zero for now, and its effect too.
+    - `tied_layer()`: of an embedding, a layer without tensors of its own that does the same in the output
+      head that shares the weight.
     """
 
     @property
@@ -153,6 +156,7 @@ METHODS: dict[str, AdapterMethod] = {
         LokrMethod(),
         OftMethod(),
         AdaLoraMethod(),
+        TrainableTokensMethod(),
     )
 }
 """The methods by name; one of your own joins them with `METHODS[method.name] = method`."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graft.adapters.adapted import AdaptedLayer, unwrapped
 from graft.adapters.attached import Adapter, adapter, adapter_modules
 from graft.adapters.base import frozen_tensors, method_of
-from graft.adapters.targets import Selection, select_targets
+from graft.adapters.targets import Selection, select_rows, select_targets
 
 PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 """Names of two factors of an update: where one of them is zero, so is the product."""
@@ -42,7 +42,8 @@ def asked_tensors(model: nn.Module, made: Adapter) -> dict[str, tuple[int, ...]]
     method = method_of(config)
     frozen = frozen_tensors(method)
     asked: dict[str, tuple[int, ...]] = {}
-    for path, base in select_targets(model, selection, strict=False).items():
+    targets = {**select_targets(model, selection, strict=False), **select_rows(model, config)}
+    for path, base in targets.items():
         for leaf, shape in method.tensor_shapes(base, config.at(path)).items():
             if leaf not in frozen and 0 not in shape:
                 asked[f"{path}.{leaf}"] = tuple(shape)

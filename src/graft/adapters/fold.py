@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from graft.adapters.adapted import AdaptedLayer, SavedModule, unwrapped
 from graft.adapters.attach import detach
-from graft.adapters.attached import adapter, adapter_modules
+from graft.adapters.attached import adapter, adapter_modules, stays_tied
 from graft.adapters.base import is_additive
 from graft.adapters.targets import base_layers, tied_pair
 from graft.errors import AdapterError
@@ -40,7 +40,7 @@ def merge_into(model: nn.Module, name: str = "default") -> bool:
     _refuse_beside(modules, name)
     pair = tied_pair(model)
     touched = {*known.targets, *known.saved_modules}
-    untie = pair is not None and not touched.isdisjoint(pair)
+    untie = pair is not None and not touched.isdisjoint(pair) and not stays_tied(model, name)
     if pair is not None and untie:
         _untie(model, pair[1])
     for module in modules.values():

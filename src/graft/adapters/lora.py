@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from graft.adapters.settings import LowRankSettings, check_low_rank, check_placement
+from graft.adapters.trainable_tokens import check_tokens, row_shape
 from graft.dialects import explained
 from graft.errors import ConfigError, TargetError
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from graft.adapters.lora_layer import LoraEmbedding, LoraLinear
+    from graft.adapters.trainable_tokens_layer import TokenRows
     from graft.models.layers import BaseLayer
 
 
@@ -50,12 +52,15 @@ class LoraConfig(LowRankSettings):
     """Other alphas for some layers, each "regex=alpha"."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases that train too: those of the layers that carry an adapter, or all of the model."""
+    trainable_token_indices: tuple[int, ...] = ()
+    """Numbers of tokens whose rows of the input embedding train too, in full; it is no target then."""
     lora_bias: bool = False
     """Give lora_B a bias; embeddings have none, and a layer without a bias cannot take it in a merge."""
 
     def __post_init__(self) -> None:
         check_low_rank(self)
         check_placement(self)
+        check_tokens(self.trainable_token_indices, "adapter.trainable_token_indices")
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigError(
                 f"bias {self.bias!r} is not known", where="adapter.bias", fix="none, all or lora_only"
@@ -89,6 +94,21 @@ class LowRank(Protocol):
         """Start of lora_A."""
 
 
+ROWS = "token_adapter.trainable_tokens_delta"
+"""What PEFT's files call rows of an embedding that train beside LoRA."""
+
+
+def rows_of(base: BaseLayer, config: LowRank) -> tuple[int, ...]:
+    """The tokens whose rows of an embedding train; none of another layer.
+
+    Args:
+        base: The layer.
+        config: Its settings; those of DoRA know no such rows.
+    """
+    indices: tuple[int, ...] = getattr(config, "trainable_token_indices", ())
+    return indices if base.kind == "embedding" else ()
+
+
 def trained_biases(base: BaseLayer, config: LowRank) -> tuple[bool, bool]:
     """Whether lora_B of a layer has a bias, and whether the base's bias trains.
 
@@ -119,10 +139,12 @@ class LoraMethod:
 
     def tensor_shapes(self, base: BaseLayer, config: LowRank) -> dict[str, tuple[int, ...]]:
         """Names (as in PEFT files) and shapes of the tensors that one layer adds."""
+        if indices := rows_of(base, config):
+            return {ROWS: row_shape(base, indices, "adapter.trainable_token_indices")}
         down, up = (config.rank, base.in_features), (base.out_features, config.rank)
+        lora_bias, base_bias = trained_biases(base, config)
         if base.kind == "embedding":
             return {"lora_embedding_A": down, "lora_embedding_B": up}
-        lora_bias, base_bias = trained_biases(base, config)
         shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": down, "lora_B.weight": up}
         if lora_bias:
             shapes["lora_B.bias"] = (base.out_features,)
@@ -132,8 +154,12 @@ class LoraMethod:
 
     def build_layer(
         self, base: BaseLayer, config: LowRank, generator: torch.Generator | None
-    ) -> LoraLinear | LoraEmbedding:
+    ) -> LoraLinear | LoraEmbedding | TokenRows:
         """Make the layer module; without a generator its tensors are left to be filled from a file."""
+        if indices := rows_of(base, config):
+            from graft.adapters.trainable_tokens_layer import TokenRows
+
+            return TokenRows(base, indices, ROWS)
         from graft.adapters.initializers import fill_lora
         from graft.adapters.lora_layer import LoraEmbedding, LoraLinear
 

@@ -18,6 +18,7 @@ from graft.adapters.peft_config import PeftSettings, directory_of, read_object, 
 from graft.adapters.peft_format import CONFIG, load_adapter
 from graft.adapters.peft_tensors import full_name, open_weights
 from graft.adapters.side_file import FILE, SideFile, read_side_file, tensors_digest
+from graft.adapters.trainable_tokens import token_rows
 from graft.dialects import explained
 from graft.errors import AdapterError
 from graft.files import new_directory, write_json
@@ -145,16 +146,17 @@ def merge(
     with new_directory(out) as partial:
         live = job.load(job.quantization)
         adapter = job.with_adapter(live)
-        expected = probe_logits(live.model)
+        rows = token_rows(adapter.config)
+        expected = probe_logits(live.model, rows)
         with disabled(live.model):
-            effect = _gap(expected, probe_logits(live.model))
+            effect = _gap(expected, probe_logits(live.model, rows))
         gaps: dict[str, float] = {}
         if job.packed:
             chosen = "dequantized"
             merged, untied = _folded(job, live, chosen)
         elif job.quantization is not None:
             chosen, other = ("dequantized", "dense") if from_quantized else ("dense", "dequantized")
-            gaps[other] = _gap(expected, probe_logits(_folded(job, live, other)[0].model))
+            gaps[other] = _gap(expected, probe_logits(_folded(job, live, other)[0].model, rows))
             merged, untied = _folded(job, live, chosen)
         else:
             chosen, merged = "dense", live
@@ -164,7 +166,7 @@ def merge(
         partial.rmdir()  # save_model makes it anew
         fingerprint = save_model(merged.model, merged.tokenizer, partial)
         del live, merged
-        gap = _gap(expected, probe_logits(load(partial, dtype=job.dtype).model))
+        gap = _gap(expected, probe_logits(load(partial, dtype=job.dtype).model, rows))
         if job.packed or job.quantization is not None:
             gaps[chosen] = gap
         report = MergeReport(
@@ -257,10 +259,17 @@ def _folded(job: _Job, live: BaseModel, into: str) -> tuple[BaseModel, bool]:
     return base, merge_into(base.model, name)
 
 
-def probe_logits(model: Any) -> Tensor:
-    """Logits (rows, tokens, vocabulary), fp32, over probe tokens that depend on the vocabulary alone."""
+def probe_logits(model: Any, tokens: tuple[int, ...] = ()) -> Tensor:
+    """Logits (rows, tokens, vocabulary), fp32, over probe tokens that depend on the vocabulary alone.
+
+    Args:
+        model: A causal language model.
+        tokens: Some that must be among them, since only they show a change: those of rows that train.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, PROBE_SHAPE, generator=generator)
+    first = torch.tensor(tokens[: PROBE_SHAPE[1]], dtype=torch.long)
+    ids[0, : len(first)] = first
     with torch.inference_mode():
         logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
     return logits.float().cpu()

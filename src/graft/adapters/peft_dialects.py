@@ -12,7 +12,7 @@ from typing import Any
 
 from graft.adapters.base import METHODS, AdapterMethod
 from graft.adapters.peft_dialect import Dialect, written_patterns
-from graft.adapters.peft_fields import Field, flag, names, number, pattern, plain, shown, whole
+from graft.adapters.peft_fields import Field, flag, names, number, pattern, plain, shown, tokens, whole
 from graft.adapters.peft_lora import ADALORA, lora_dialect
 from graft.config import did_you_mean, from_dict, to_dict
 from graft.errors import AdapterError
@@ -174,6 +174,30 @@ _OFT = Dialect(
 )
 
 
+def _read_tokens(file: Field) -> dict[str, Any]:
+    return {"token_indices": file.read("token_indices", tokens, ())}
+
+
+def _write_tokens(config: Any, layers: Mapping[str, Any], targets: list[str]) -> dict[str, Any]:
+    return {"token_indices": list(config.token_indices), "init_weights": True}
+
+
+_TOKENS = Dialect(
+    method="trainable_tokens",
+    peft_type="TRAINABLE_TOKENS",
+    read=_read_tokens,
+    write=_write_tokens,
+    leaf="trainable_tokens_delta",
+    honoured=frozenset({"token_indices"}),
+    refused={},
+    idle=frozenset({"init_weights", "fan_in_fan_out"}),
+    names={},
+    lacks=frozenset({
+        "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "fan_in_fan_out",
+    }),
+)  # fmt: skip
+
+
 DIALECTS: tuple[Dialect, ...] = (
     lora_dialect("lora", lambda raw: not raw.get("use_dora")),
     lora_dialect("dora", lambda raw: bool(raw.get("use_dora")), target_parameters=None),
@@ -184,6 +208,7 @@ DIALECTS: tuple[Dialect, ...] = (
     _LOKR,
     _OFT,
     ADALORA,
+    _TOKENS,
 )
 """Of the methods that PEFT has too. Of several that fit a file, the first one or what graft.json says."""
 

@@ -112,6 +112,21 @@ def pattern(kind: Callable[[Any], float]) -> Callable[[Any], tuple[str, ...]]:
     return read
 
 
+def tokens(value: Any) -> tuple[int, ...]:
+    """Numbers of tokens, plain or under the name of the one embedding that they are of.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if isinstance(value, dict):
+        if len(value) != 1:
+            raise TypeError("a list of tokens of one embedding")
+        value = next(iter(value.values()))
+    if not isinstance(value, list):
+        raise TypeError("a list of tokens")
+    return tuple(whole(item) for item in value)
+
+
 def one_of(*words: str) -> Callable[[Any], str]:
     """One of some words."""
 

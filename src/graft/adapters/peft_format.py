@@ -51,7 +51,14 @@ from graft.adapters.side_file import (
     settings_digest,
     tensors_digest,
 )
-from graft.adapters.targets import Selection, refuse_quantized, select_biases, select_targets
+from graft.adapters.targets import (
+    Selection,
+    refuse_quantized,
+    select_biases,
+    select_rows,
+    select_targets,
+    tied_pair,
+)
 from graft.dialects import explained
 from graft.errors import AdapterError, ConfigError, TargetError
 from graft.files import new_directory, write_json, write_tensors
@@ -66,6 +73,7 @@ _NO_TARGETS: dict[str, Any] = {
     "rank_pattern": (),
     "alpha_pattern": (),
     "lora_bias": False,
+    "trainable_token_indices": (),
 }
 """What is left of the fields that only act on targets where a file has none."""
 
@@ -191,6 +199,7 @@ def load_adapter(
     version = raw.get("peft_version")
     stored = current_names(model, stored)
     settings, stored = split_stacks(model, settings, stored, version, directory / WEIGHTS)
+    stored = _without_tied_copy(model, settings, stored)
     forced, notes = check_base(model, side, directory, force=force_base)
     try:
         settings = _resolved(model, settings, stored)
@@ -219,6 +228,26 @@ def load_adapter(
     if side is None and settings.base_name and here and here != settings.base_name:
         made.notes.append(f"{CONFIG} names the base {settings.base_name!r}, this one is {here!r}")
     return made
+
+
+def _without_tied_copy(
+    model: nn.Module, settings: PeftSettings, stored: dict[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """The tensors of a file but for rows that PEFT writes a second time, under a tied output head.
+
+    Raises:
+        AdapterError: They are other rows than the embedding's.
+    """
+    own, again = (f"{path}.{settings.leaf}" for path in tied_pair(model) or ("", ""))
+    if settings.config.method != "trainable_tokens" or own not in stored or again not in stored:
+        return stored
+    if not torch.equal(stored[own].load(), stored[again].load()):
+        raise AdapterError(
+            "embedding and output head share one weight, and their rows differ",
+            where=stored[again].where,
+            fix="load the base that it was made for",
+        )
+    return {key: tensor for key, tensor in stored.items() if key != again}
 
 
 def _check_effect(model: nn.Module, made: Adapter, before: Sequence[str], directory: Path) -> None:
@@ -287,7 +316,10 @@ def _expected_shapes(
     model: nn.Module, settings: PeftSettings, raw: dict[str, Any]
 ) -> dict[str, tuple[int, ...]]:
     method: Any = method_of(settings.config)
-    targets = select_targets(model, settings.selection, strict=False)
+    targets = {
+        **select_targets(model, settings.selection, strict=False),
+        **select_rows(model, settings.config),
+    }
     expected: dict[str, tuple[int, ...]] = {}
     for path, base in targets.items():
         for leaf, shape in method.tensor_shapes(base, settings.config.at(path)).items():

@@ -6,11 +6,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from graft.adapters.peft_dialect import Dialect, written_patterns
-from graft.adapters.peft_fields import Field, chosen_ranks, flag, number, one_of, pattern, plain, shown, whole
+from graft.adapters.peft_fields import (
+    Field,
+    chosen_ranks,
+    flag,
+    number,
+    one_of,
+    pattern,
+    plain,
+    shown,
+    tokens,
+    whole,
+)
 from graft.errors import AdapterError
 
 _LORA_REFUSED: dict[str, Any] = {
-    "trainable_token_indices": None,
     "layer_replication": None,
     "alora_invocation_tokens": None,
     "arrow_config": None,
@@ -30,7 +40,8 @@ _INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that leave the base weights as they are."""
 
 
-_NO_BIAS: dict[str, Any] = {"bias": "none", "lora_bias": False}
+_PLAIN_ONLY: dict[str, Any] = {"bias": "none", "lora_bias": False, "trainable_token_indices": None}
+"""Options of LoRA that its kin do not have."""
 
 
 def _read_plain_lora(file: Field) -> dict[str, Any]:
@@ -39,6 +50,7 @@ def _read_plain_lora(file: Field) -> dict[str, Any]:
         **_read_lora(file),
         "bias": file.read("bias", one_of("none", "all", "lora_only"), "none"),
         "lora_bias": file.read("lora_bias", flag, False),
+        "trainable_token_indices": file.read("trainable_token_indices", tokens, ()),
     }
 
 
@@ -72,6 +84,7 @@ def _write_lora(config: Any, layers: Mapping[str, Any], targets: list[str]) -> d
         "bias": getattr(config, "bias", "none"),
         "use_dora": config.method == "dora",
         "lora_bias": getattr(config, "lora_bias", False),
+        "trainable_token_indices": list(getattr(config, "trainable_token_indices", ())) or None,
     }
 
 
@@ -92,8 +105,9 @@ def lora_dialect(method: str, claims: Callable[[Mapping[str, Any]], bool], **ref
         honoured=frozenset({
             "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
             "init_lora_weights", "use_dora", "target_parameters", "bias", "lora_bias",
+            "trainable_token_indices",
         }),
-        refused={**_LORA_REFUSED, **({} if method == "lora" else _NO_BIAS), **refused},
+        refused={**_LORA_REFUSED, **({} if method == "lora" else _PLAIN_ONLY), **refused},
         idle=frozenset({
             "fan_in_fan_out", "megatron_core", "qalora_group_size", "eva_config", "runtime_config",
         }),
@@ -152,7 +166,7 @@ ADALORA = Dialect(
         "rank_pattern",
     }),
     refused={
-        **_LORA_REFUSED, **_NO_BIAS, "use_dora": False, "target_parameters": None,
+        **_LORA_REFUSED, **_PLAIN_ONLY, "use_dora": False, "target_parameters": None,
     },
     idle=frozenset({
         "r", "tinit", "tfinal", "deltaT", "total_step", "use_rslora", "alpha_pattern", "init_lora_weights",

@@ -55,6 +55,7 @@ class RankAllocator:
         self.sensitivity = {name: torch.zeros_like(p.detach()) for name, p in tracked.items()}
         self.uncertainty = {name: torch.zeros_like(p.detach()) for name, p in tracked.items()}
         self._penalty: Tensor | None = None
+        self._num_left: int | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds, by name; a run that goes on copies it back in place."""
@@ -132,6 +133,7 @@ class RankAllocator:
         parts = kept.split([len(layer.kept) for layer in self.layers.values()])
         for layer, part in zip(self.layers.values(), parts, strict=True):
             layer.kept.copy_(part[:, None])
+        self._num_left = None
 
     def importance(self, path: str) -> Tensor:
         """Of each triplet of a layer, (rank,)."""
@@ -143,8 +145,9 @@ class RankAllocator:
 
     def figures(self) -> dict[str, float]:
         """For the log: the penalty of the last step, and how many ranks are left."""
-        left = sum(float(layer.kept.sum()) for layer in self.layers.values())
-        found: dict[str, float] = {"ranks": int(left)}
+        if self._num_left is None:
+            self._num_left = sum(int(layer.kept.sum()) for layer in self.layers.values())
+        found: dict[str, float] = {"ranks": self._num_left}
         if self._penalty is not None:
             found["regularization"] = float(self._penalty)
         return found

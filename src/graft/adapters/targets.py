@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from graft.adapters.adapted import AdaptedLayer, SavedModule, unwrapped
 from graft.adapters.patterns import Selector
+from graft.adapters.trainable_tokens import INPUT_EMBEDDING
 from graft.config import closest
 from graft.errors import AdapterError, TargetError
 from graft.models.experts import stacked_experts
@@ -75,6 +76,43 @@ def tied_pair(model: nn.Module) -> tuple[str, str] | None:
     return (found[0], found[1]) if found[0] is not None and found[1] is not None else None
 
 
+def input_embedding(model: nn.Module) -> dict[str, BaseLayer]:
+    """The layer that looks up the input tokens, by its path; none where the model does not tell."""
+    ask = getattr(model, "get_input_embeddings", None)
+    inputs = ask() if callable(ask) else None
+    wanted = unwrapped(inputs) if isinstance(inputs, nn.Module) else None
+    return {
+        path: base for path, base in _walk(model, "") if base.module is wanted and base.kind == "embedding"
+    }
+
+
+def select_rows(model: nn.Module, config: Any) -> dict[str, BaseLayer]:
+    """The embedding of which some rows train beside LoRA (`trainable_token_indices`), by its path.
+
+    Args:
+        model: A model, with or without adapters.
+        config: The adapter's settings; only LoRA's have the field.
+
+    Raises:
+        TargetError: The model has no such layer.
+    """
+    if not getattr(config, "trainable_token_indices", ()):
+        return {}
+    found = input_embedding(model)
+    if not found:
+        raise TargetError(
+            f"{_label(model)} does not tell its input embedding",
+            where="adapter.trainable_token_indices",
+            fix="train its embedding in full: adapter.modules_to_save",
+        )
+    return found
+
+
+def in_order(model: nn.Module, chosen: Mapping[str, BaseLayer]) -> dict[str, BaseLayer]:
+    """Layers by path in the order of the model."""
+    return {path: base for path, base in base_layers(model).items() if path in chosen}
+
+
 def select_targets(model: nn.Module, selection: Selection, *, strict: bool = True) -> dict[str, BaseLayer]:
     """The layers that a setting selects.
 
@@ -114,6 +152,11 @@ def _by_name(
     model: nn.Module, layers: dict[str, BaseLayer], selection: Selection, strict: bool
 ) -> dict[str, BaseLayer]:
     setting = selection.target_modules
+    if setting == INPUT_EMBEDDING:
+        found = input_embedding(model)
+        if not found:
+            _refuse(model, layers, "target_modules", [INPUT_EMBEDDING])
+        return found
     if setting == ALL_LINEAR:
         head = output_head(model)
         found = {

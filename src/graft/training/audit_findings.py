@@ -220,9 +220,16 @@ class Waiting:
         alive += tuple(
             f"{path}."
             for path, layers in self._layers.items()
-            if any(getattr(layer, "is_pruned", False) for layer in layers.values())
+            if any(getattr(layer, "may_wait", False) for layer in layers.values())
         )
         return [name for name in names if alive and name.startswith(alive)]
+
+
+def all_may_wait(model: nn.Module, name: str) -> bool:
+    """Whether no layer of an adapter need have an effect so far: its tokens may come later."""
+    known, layers = adapters_of(model)[name], adapted_layers(model, name).values()
+    whole = known.saved_modules or known.bias_modules
+    return not whole and all(getattr(layer, "may_wait", False) for layer in layers)
 
 
 def gradient_cause(subject: Subject, starved: Sequence[str], *, missing: bool) -> str:
