@@ -23,6 +23,7 @@ _HOMES = {
     "LoraConfig": "graft.adapters.lora",
     "LoraFaConfig": "graft.adapters.lora_fa",
     "OftConfig": "graft.adapters.oft",
+    "QaLoraConfig": "graft.adapters.qa_lora",
     "QuantizationConfig": "graft.quant.config",
     "Run": "graft.training.build",
     "RunConfig": "graft.training.config",

@@ -28,6 +28,7 @@ from graft.adapters.lora import LoraConfig
 from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.oft import OftConfig
 from graft.adapters.peft_format import load_adapter, save_adapter
+from graft.adapters.qa_lora import QaLoraConfig
 from graft.adapters.targets import base_layers
 from graft.adapters.trainable_tokens import TrainableTokensConfig
 from graft.adapters.vera import VeraConfig
@@ -108,6 +109,7 @@ CONFIGS: dict[str, Callable[[str], Any]] = {
     "oft": lambda family: OftConfig(block_size=8, target_modules=NAMES[family]),
     "adalora": lambda family: AdaLoraConfig(rank=4, target_rank=2, target_modules=NAMES[family]),
     "trainable_tokens": lambda family: TrainableTokensConfig(token_indices=TOKENS),
+    "qa_lora": lambda family: QaLoraConfig(rank=4, group_size=8, target_modules=NAMES[family]),
     "shift": lambda family: ShiftConfig(target_modules=NAMES[family]),
 }
 
@@ -133,6 +135,7 @@ COUNTS: dict[str, Callable[[int, int, bool], int]] = {
     "adalora": lambda out, into, last: 4 * (out + into + 1),
     # Rows 32 wide, of one embedding: half of them counted at the last target of each of two blocks.
     "trainable_tokens": lambda out, into, last: len(TOKENS) * 32 // 2 if last else 0,
+    "qa_lora": lambda out, into, last: 4 * (out + into // 8),
     "shift": lambda out, into, last: into,
 }
 """Numbers that train for a layer (out, in); `last` for the last of NAMES."""

@@ -114,7 +114,7 @@ def install(
     """
     check_name(model, name)
     method_of(config)
-    targets, saved, biases = _selected(model, config, selection, strict)
+    config, targets, saved, biases = _selected(model, config, selection, strict)
     if seed is not None:
         _refuse_without_gradient(targets)
     record = attachments(model)
@@ -142,8 +142,8 @@ def install(
 
 def _selected(
     model: nn.Module, config: AdapterConfig, selection: Selection, strict: bool
-) -> tuple[dict[str, BaseLayer], dict[str, nn.Module], list[str]]:
-    """Targets, modules trained in full, modules whose bias trains; refuses what cannot be done."""
+) -> tuple[AdapterConfig, dict[str, BaseLayer], dict[str, nn.Module], list[str]]:
+    """Settings, targets, modules trained in full, modules whose bias trains; refuses what cannot be done."""
     targets = select_targets(model, selection, strict=strict)
     saved = select_saved(model, selection.modules_to_save)
     rows = select_rows(model, config)
@@ -151,6 +151,8 @@ def _selected(
         _refuse_rows_twice(targets, saved, rows)
     targets = in_order(model, {**targets, **rows})
     _refuse_kinds(config, targets)
+    resolve = getattr(method_of(config), "resolved", None)
+    config = config if resolve is None else resolve(config, targets)
     for path, base in targets.items():
         method_of(config).tensor_shapes(base, config.at(path))  # refuses what it cannot do, before a change
     _refuse_overlap(model, targets, saved)
@@ -159,7 +161,7 @@ def _selected(
     if strict:
         _refuse_idle_patterns(config, targets)
         _refuse_idle_bias(config, targets, biases)
-    return targets, saved, biases
+    return config, targets, saved, biases
 
 
 def check_name(model: nn.Module, name: str) -> None:

@@ -13,6 +13,7 @@ from graft.adapters.lokr import LokrMethod
 from graft.adapters.lora import LoraMethod
 from graft.adapters.lora_fa import LoraFaMethod
 from graft.adapters.oft import OftMethod
+from graft.adapters.qa_lora import QaLoraMethod
 from graft.adapters.trainable_tokens import TrainableTokensMethod
 from graft.adapters.vera import VeraMethod
 from graft.errors import ConfigError
@@ -69,6 +70,8 @@ class AdapterLayer(Protocol):
     - `share(shared)`: takes what `AdapterMethod.build_shared` made.
     - `update_factors()`: A (rank, in) and B (out, rank) of an update `scaling` B A that has other tensors.
     - `state_tensors()`: by name, what neither trains nor follows from the base and the settings.
+    - `block_update(block)`: (out, in / block), what an update adds to all weights of each block of a row;
+      None where it differs within a block. A merge then moves the shifts of an affine quantized base.
     - `may_wait`: whether its gradients may be zero for now, and its effect too.
     - `tied_layer()`: of an embedding, a layer without tensors of its own that does the same in the output
       head that shares the weight.
@@ -100,6 +103,9 @@ class AdapterMethod(Protocol):
     - `shared_shapes(bases, config)`: their names and shapes, without making them; needed beside it.
     - `steer(layers, config, num_steps, settled=...)`: the `Steering` of a run over its layers by path;
       `settled` in a later phase, which changes nothing more.
+    - `resolved(config, targets)`: the settings with what follows from the layers filled in.
+    - `stored_shapes(base, config)` and `restored(base, config, leaf, value, where)`: the shapes of the
+      tensors in files where they are others, and a tensor made of what a file holds.
     - `stored(layers, config)`: what files hold where that is not what the layers hold: the settings to be
       written and the tensors of each layer by their names; layers that are missing there are left out.
     """
@@ -157,6 +163,7 @@ METHODS: dict[str, AdapterMethod] = {
         OftMethod(),
         AdaLoraMethod(),
         TrainableTokensMethod(),
+        QaLoraMethod(),
     )
 }
 """The methods by name; one of your own joins them with `METHODS[method.name] = method`."""

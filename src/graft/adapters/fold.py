@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from graft.adapters.base import is_additive
 from graft.adapters.targets import base_layers, tied_pair
 from graft.errors import AdapterError
 from graft.models.layers import BaseLayer
+from graft.quant.linear import QuantizedLinear, quantized_modules
+from graft.quant.tensor import plain_constants
 
 
 def merge_into(model: nn.Module, name: str = "default") -> bool:
@@ -36,6 +38,7 @@ def merge_into(model: nn.Module, name: str = "default") -> bool:
     known = adapter(model, name)
     modules = adapter_modules(model)
     _refuse_quantized(modules, name)
+    packed = any(block_update(module, name) is not None for module in modules.values())
     _refuse_new_bias(modules, name)
     _refuse_beside(modules, name)
     pair = tied_pair(model)
@@ -47,8 +50,10 @@ def merge_into(model: nn.Module, name: str = "default") -> bool:
         if isinstance(module, SavedModule):
             _fold_copy(module, name)
         elif name in module.adapters:
-            _fold_layer(module.base, module.adapters[name])
+            _fold_layer(module, name)
     detach(model, name)
+    if packed:
+        _store_alike(model)
     if hasattr(model, "graft_fingerprint"):
         del model.graft_fingerprint  # it was that of the weights before
     return untie
@@ -56,12 +61,48 @@ def merge_into(model: nn.Module, name: str = "default") -> bool:
 
 def _refuse_quantized(modules: dict[str, AdaptedLayer | SavedModule], name: str) -> None:
     for path, module in modules.items():
-        if isinstance(module, AdaptedLayer) and name in module.adapters and module.base.quantized:
+        if not isinstance(module, AdaptedLayer) or name not in module.adapters:
+            continue
+        if module.base.quantized and block_update(module, name) is None:
             raise AdapterError(
                 f"{path} is quantized: an adapter cannot be folded into codes without loss",
                 where=path,
                 fix="load the base without quantization, or use graft merge",
             )
+
+
+def block_update(module: nn.Module, name: str) -> Tensor | None:
+    """What an adapter adds to all weights of each block of a quantized layer; None where that is not exact.
+
+    Args:
+        module: What stands in the place of the layer.
+        name: The adapter.
+    """
+    if not isinstance(module, AdaptedLayer) or name not in module.adapters:
+        return None
+    layer: Any = module.adapters[name]
+    block = module.base.affine_block
+    found: Tensor | None = None
+    if block is not None and hasattr(layer, "block_update"):
+        found = layer.block_update(block)
+    return found
+
+
+def merges_into_codes(model: nn.Module, name: str) -> bool:
+    """Whether every layer of an adapter is quantized and takes its update into the shifts of its blocks."""
+    own = adapter(model, name)
+    modules = adapter_modules(model)
+    exact = all(block_update(modules[path], name) is not None for path in own.targets)
+    return exact and bool(own.targets)
+
+
+def _store_alike(model: nn.Module) -> None:
+    """Give all quantized layers constants in float32, as those have whose shifts moved."""
+    for path, layer in quantized_modules(model).items():
+        weight = plain_constants(layer.quantized_weight)
+        if weight.config != layer.config:
+            made = QuantizedLinear.from_quantized(weight, layer.bias, layer.compute_dtype)
+            model.set_submodule(path, made.train(layer.training))
 
 
 def _refuse_new_bias(modules: dict[str, AdaptedLayer | SavedModule], name: str) -> None:
@@ -92,7 +133,12 @@ def _refuse_beside(modules: dict[str, AdaptedLayer | SavedModule], name: str) ->
             )
 
 
-def _fold_layer(base: BaseLayer, layer: Any) -> None:
+def _fold_layer(module: AdaptedLayer, name: str) -> None:
+    base, layer = module.base, cast("Any", module.adapters[name])
+    moved = block_update(module, name)
+    if moved is not None:
+        module.base_layer = base.shifted(moved)
+        return
     bias = base.bias
     merged = layer.merged_bias(base, bias) if hasattr(layer, "merged_bias") else None
     base.replace_weight(layer.merged_weight(base, base.dense_weight()))

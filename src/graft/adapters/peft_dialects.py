@@ -202,6 +202,7 @@ DIALECTS: tuple[Dialect, ...] = (
     lora_dialect("lora", lambda raw: not raw.get("use_dora")),
     lora_dialect("dora", lambda raw: bool(raw.get("use_dora")), target_parameters=None),
     lora_dialect("lora_fa", lambda raw: False, use_dora=False, target_parameters=None),
+    lora_dialect("qa_lora", lambda raw: False, use_dora=False, target_parameters=None),
     _VERA,
     _IA3,
     _LOHA,

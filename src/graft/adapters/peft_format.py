@@ -210,6 +210,7 @@ def load_adapter(
     values = read_tensors(stored, side, directory / WEIGHTS)
     for key in copies:
         check_base_copy(model, key, values.pop(key), directory / WEIGHTS)
+    values = _restored(model, settings, values, directory / WEIGHTS)
     before = active_adapters(model)
     made = install(model, settings.config, settings.selection, name, seed=None, strict=False)
     with torch.no_grad():
@@ -227,6 +228,21 @@ def load_adapter(
     here = getattr(model, "graft_name", None)
     if side is None and settings.base_name and here and here != settings.base_name:
         made.notes.append(f"{CONFIG} names the base {settings.base_name!r}, this one is {here!r}")
+    return made
+
+
+def _restored(
+    model: nn.Module, settings: PeftSettings, values: dict[str, Tensor], file: Path
+) -> dict[str, Tensor]:
+    """The tensors as the layers hold them (`AdapterMethod.restored`)."""
+    restore = getattr(method_of(settings.config), "restored", None)
+    if restore is None:
+        return values
+    made = dict(values)
+    for path, base in select_targets(model, settings.selection, strict=False).items():
+        for key in [key for key in values if key.startswith(f"{path}.")]:
+            leaf, where = key.removeprefix(f"{path}."), f"{file}, tensor {full_name(key)!r}"
+            made[key] = restore(base, settings.config.at(path), leaf, values[key], where)
     return made
 
 
@@ -322,7 +338,8 @@ def _expected_shapes(
     }
     expected: dict[str, tuple[int, ...]] = {}
     for path, base in targets.items():
-        for leaf, shape in method.tensor_shapes(base, settings.config.at(path)).items():
+        shapes_of = getattr(method, "stored_shapes", method.tensor_shapes)
+        for leaf, shape in shapes_of(base, settings.config.at(path)).items():
             expected[f"{path}.{leaf}"] = shape
     for path in settings.selection.modules_to_save:
         for leaf, tensor in unwrapped(model.get_submodule(path)).named_parameters():

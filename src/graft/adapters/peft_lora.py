@@ -54,6 +54,11 @@ def _read_plain_lora(file: Field) -> dict[str, Any]:
     }
 
 
+def _read_qa_lora(file: Field) -> dict[str, Any]:
+    """A file that is plain LoRA to everyone else; PEFT's own form (use_qalora) goes over GPTQ only."""
+    return {**_read_lora(file), "group_size": file.read("qalora_group_size", whole, None)}
+
+
 def _read_lora(file: Field) -> dict[str, Any]:
     init = file.raw.get("init_lora_weights", True)
     if init is not None and init not in _INITS:
@@ -81,6 +86,7 @@ def _write_lora(config: Any, layers: Mapping[str, Any], targets: list[str]) -> d
         **written_patterns(config, layers),
         "use_rslora": config.use_rslora,
         "init_lora_weights": True if config.init == "kaiming" else config.init,
+        **({"qalora_group_size": config.group_size} if config.method == "qa_lora" else {}),
         "bias": getattr(config, "bias", "none"),
         "use_dora": config.method == "dora",
         "lora_bias": getattr(config, "lora_bias", False),
@@ -99,7 +105,7 @@ def lora_dialect(method: str, claims: Callable[[Mapping[str, Any]], bool], **ref
     return Dialect(
         method=method,
         peft_type="LORA",
-        read=_read_plain_lora if method == "lora" else _read_lora,
+        read={"lora": _read_plain_lora, "qa_lora": _read_qa_lora}.get(method, _read_lora),
         write=_write_lora,
         leaf="lora_",
         honoured=frozenset({

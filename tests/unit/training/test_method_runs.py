@@ -132,6 +132,20 @@ def test_what_trains_beside_lora_does_so_in_a_run(
     resumes_to_the_same_bits(tiny_dir(family), rows, tmp_path, monkeypatch, more, quantized=quantized)
 
 
+def test_a_run_of_qa_lora_ends_in_a_model_with_the_codes_of_its_base(
+    tiny_dir: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    words = ["adapter.method=qa_lora", "quantization.quant_type=int4", "quantization.blocksize=32"]
+    run = run_from_config(config(tiny_dir("llama"), rows, tmp_path / "run", *words, "model.dtype=float32"))
+    assert run.adapter is not None
+    report = merge(run.adapter, tmp_path / "merged")
+    assert report.folded_into == "quantized"
+    assert report.logit_gap < 1e-5 < report.adapter_effect
+    merged = load(tmp_path / "merged")
+    assert merged.quantization is not None
+    assert (merged.quantization.quant_type, merged.quantization.blocksize) == ("int4", 32)
+
+
 @pytest.mark.parametrize("name", ["lora_fa", "vera"])
 def test_fixed_tensors_of_a_model_in_memory_come_back_with_the_checkpoint(
     tiny_dir: Callable[..., Path],
