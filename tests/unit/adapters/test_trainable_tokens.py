@@ -23,7 +23,7 @@ from graft.evaluate.loss import token_losses
 from graft.models.load import BaseModel
 
 IDS = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(3))
-TOKENS = (200, int(IDS[0, 0]), int(IDS[1, 5]), 7)
+TOKENS = (200, *sorted({int(IDS[0, 0]), int(IDS[1, 5])}, reverse=True), 7)
 WITH_LORA = LoraConfig(rank=4, trainable_token_indices=TOKENS)
 ALONE = TrainableTokensConfig(token_indices=TOKENS)
 both = pytest.mark.parametrize("config", [ALONE, WITH_LORA], ids=["alone", "lora"])
