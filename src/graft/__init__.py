@@ -10,6 +10,7 @@ from graft.models.transformers_hook import install as _install
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdaLoraConfig": "graft.adapters.adalora",
     "Adapter": "graft.adapters.attached",
     "BaseModel": "graft.models.load",
     "ComposeConfig": "graft.adapters.composition",
@@ -23,10 +24,12 @@ _HOMES = {
     "LoraConfig": "graft.adapters.lora",
     "LoraFaConfig": "graft.adapters.lora_fa",
     "OftConfig": "graft.adapters.oft",
+    "QaLoraConfig": "graft.adapters.qa_lora",
     "QuantizationConfig": "graft.quant.config",
     "Run": "graft.training.build",
     "RunConfig": "graft.training.config",
     "TrainingConfig": "graft.training.config",
+    "TrainableTokensConfig": "graft.adapters.trainable_tokens",
     "VeraConfig": "graft.adapters.vera",
     "adapters_of": "graft.adapters.attached",
     "as_classifier": "graft.models.classifier",

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from graft.adapters.adalora import AdaLoraConfig
 from graft.adapters.base import METHODS, check_adapter_method
 from graft.adapters.dora import DoraConfig
 from graft.adapters.ia3 import Ia3Config
@@ -16,6 +17,8 @@ from graft.adapters.lora import LoraConfig, LoraMethod
 from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.lora_layer import LoraLinear
 from graft.adapters.oft import OftConfig
+from graft.adapters.qa_lora import QaLoraConfig
+from graft.adapters.trainable_tokens import TrainableTokensConfig
 from graft.adapters.vera import VeraConfig
 
 CASES: dict[str, tuple[str, Any]] = {
@@ -36,6 +39,10 @@ CASES: dict[str, tuple[str, Any]] = {
     "lokr-dense": ("lokr", LokrConfig(rank=8)),
     "oft": ("oft", OftConfig()),
     "oft-blocks": ("oft", OftConfig(block_size=5)),
+    "trainable_tokens": ("trainable_tokens", TrainableTokensConfig(token_indices=(9, 1, 2, 3, 10, 5, 7))),
+    "qa_lora": ("qa_lora", QaLoraConfig(rank=3, group_size=4, dropout=0.3)),
+    "lora-bias": ("lora", LoraConfig(bias="all")),
+    "adalora": ("adalora", AdaLoraConfig(rank=3, target_rank=2, dropout=0.3)),
     "ia3-feedforward": ("ia3", Ia3Config(target_modules=("layer",), feedforward_modules=("layer",))),
 }
 

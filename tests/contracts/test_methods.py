@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import graft.models.load as models
+from graft.adapters.adalora import AdaLoraConfig
 from graft.adapters.attach import adapter_tensors, adapters_of, attach, detach, disabled, set_active
 from graft.adapters.attached import fixed_tensors, trained_tensors
 from graft.adapters.base import METHODS, check_adapter_method, frozen_tensors, kinds_of
@@ -27,7 +28,9 @@ from graft.adapters.lora import LoraConfig
 from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.oft import OftConfig
 from graft.adapters.peft_format import load_adapter, save_adapter
+from graft.adapters.qa_lora import QaLoraConfig
 from graft.adapters.targets import base_layers
+from graft.adapters.trainable_tokens import TrainableTokensConfig
 from graft.adapters.vera import VeraConfig
 from graft.errors import AdapterError, TargetError
 from graft.models.layers import BaseLayer
@@ -87,6 +90,9 @@ class ShiftMethod:
 NAMES = {"llama": ("k_proj", "v_proj", "down_proj"), "gpt2": ("c_attn", "mlp.c_proj")}
 IDS = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(3))
 
+TOKENS = tuple(sorted({*IDS[0].tolist(), 5, 200}, reverse=True))
+"""Rows of the embedding that train: the tokens of one text, and two more."""
+
 
 def low_rank(kind: type) -> Callable[[str], Any]:
     return lambda family: kind(rank=4, alpha=8, target_modules=NAMES[family])
@@ -101,6 +107,9 @@ CONFIGS: dict[str, Callable[[str], Any]] = {
     "loha": lambda family: LohaConfig(rank=3, target_modules=NAMES[family]),
     "lokr": lambda family: LokrConfig(rank=2, target_modules=NAMES[family]),
     "oft": lambda family: OftConfig(block_size=8, target_modules=NAMES[family]),
+    "adalora": lambda family: AdaLoraConfig(rank=4, target_rank=2, target_modules=NAMES[family]),
+    "trainable_tokens": lambda family: TrainableTokensConfig(token_indices=TOKENS),
+    "qa_lora": lambda family: QaLoraConfig(rank=4, group_size=8, target_modules=NAMES[family]),
     "shift": lambda family: ShiftConfig(target_modules=NAMES[family]),
 }
 
@@ -123,6 +132,10 @@ COUNTS: dict[str, Callable[[int, int, bool], int]] = {
         (32, 128): 4 * 8 + 2 * (8 + 16),
     }[out, into],
     "oft": lambda out, into, last: into // 8 * (8 * 7 // 2),
+    "adalora": lambda out, into, last: 4 * (out + into + 1),
+    # Rows 32 wide, of one embedding: half of them counted at the last target of each of two blocks.
+    "trainable_tokens": lambda out, into, last: len(TOKENS) * 32 // 2 if last else 0,
+    "qa_lora": lambda out, into, last: 4 * (out + into // 8),
     "shift": lambda out, into, last: into,
 }
 """Numbers that train for a layer (out, in); `last` for the last of NAMES."""
@@ -144,6 +157,8 @@ def test_a_method_from_outside_keeps_the_contract() -> None:
 
 
 every = pytest.mark.parametrize("name", CONFIGS)
+linears = pytest.mark.parametrize("name", [name for name in CONFIGS if name != "trainable_tokens"])
+"""Methods that go over linear layers."""
 families = pytest.mark.parametrize("family", NAMES)
 
 
@@ -289,7 +304,7 @@ def test_a_merge_that_would_change_another_adapter_is_refused(tiny_dir: Callable
     merge_into(model, "default")
 
 
-@every
+@linears
 @pytest.mark.parametrize("how", ["nf4", "bfloat16"])
 def test_on_coarse_bases_the_formula_holds(tiny_dir: Callable[..., Path], name: str, how: str) -> None:
     """Each layer's output is that of its merged weight, within the rounding of what the base computes in."""
@@ -320,7 +335,7 @@ def test_on_coarse_bases_the_formula_holds(tiny_dir: Callable[..., Path], name: 
         assert bool(tensor.grad.any()), key
 
 
-@every
+@linears
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(
     tiny_dir: Callable[..., Path], name: str, reentrant: bool
@@ -348,7 +363,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(
         assert (one is None and two is None) or torch.equal(one, two)
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("lora", "dora")])
+@pytest.mark.parametrize(
+    "name", [name for name in CONFIGS if name not in ("lora", "dora", "trainable_tokens")]
+)
 def test_layers_that_a_method_does_not_adapt_are_refused(tiny_dir: Callable[..., Path], name: str) -> None:
     assert "embedding" not in kinds_of(METHODS[name])
     changed: dict[str, Any] = {"target_modules": ("embed_tokens",)}

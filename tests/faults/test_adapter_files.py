@@ -97,11 +97,9 @@ def test_untouched_copy_loads(model: Any, directory: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("bias", "all"),
-        ("bias", "lora_only"),
+        ("bias", "some"),
         ("use_bdlora", {"x": 1}),
-        ("lora_bias", True),
-        ("trainable_token_indices", [1, 2]),
+        ("trainable_token_indices", {"embed_tokens": [1], "lm_head": [2]}),
         ("target_parameters", ["experts.gate_up_proj"]),
         ("layer_replication", [[0, 1]]),
         ("alora_invocation_tokens", [5]),

@@ -12,15 +12,19 @@ import torch
 from safetensors.torch import load_file
 
 import graft.models.load as models
+from graft.adapters.adalora import AdaLoraConfig
 from graft.adapters.attach import adapter_tensors, attach, disabled
 from graft.adapters.attached import fixed_tensors, trained_tensors
 from graft.adapters.dora import DoraConfig
 from graft.adapters.ia3 import Ia3Config
 from graft.adapters.loha import LohaConfig
 from graft.adapters.lokr import LokrConfig
+from graft.adapters.lora import LoraConfig
 from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.oft import OftConfig
 from graft.adapters.peft_format import load_adapter, save_adapter
+from graft.adapters.steering import steering_of
+from graft.adapters.trainable_tokens import TrainableTokensConfig
 from graft.adapters.vera import VeraConfig
 from graft.errors import AdapterError
 
@@ -36,6 +40,8 @@ TOLERANCE = 1e-5
 """fp32 logits of order one; the two sides sum in another order."""
 
 IDS = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(3))
+TOKENS = tuple(sorted({*IDS[0].tolist(), 5, 200}, reverse=True))
+"""The tokens of one text and two more, not in order."""
 
 FAMILIES = ("llama", "qwen2", "gpt2", "gemma3_text")
 """Plain linears; with biases and a tied head; Conv1D; a scaled embedding."""
@@ -98,6 +104,23 @@ CASES: dict[str, Case] = {
         "LoraConfig",
         lambda family: {"r": 4, "use_dora": True, "target_modules": [embedding(family), "lm_head"]},
         ("llama", "gemma3_text"),
+    ),
+    "lora-bias-of-targets": Case(
+        lambda family: LoraConfig(rank=4, alpha=12, bias="lora_only", target_modules=tuple(LINEARS[family])),
+        "LoraConfig",
+        lambda family: {"r": 4, "lora_alpha": 12, "bias": "lora_only", "target_modules": LINEARS[family]},
+        ("qwen2", "gpt2"),
+    ),
+    "lora-bias-of-all": Case(
+        lambda family: LoraConfig(rank=4, alpha=12, bias="all", target_modules=tuple(LINEARS[family])),
+        "LoraConfig",
+        lambda family: {"r": 4, "lora_alpha": 12, "bias": "all", "target_modules": LINEARS[family]},
+        ("qwen2", "gpt2"),
+    ),
+    "lora-bias-of-b": Case(
+        lambda family: LoraConfig(rank=4, alpha=12, lora_bias=True, target_modules=tuple(LINEARS[family])),
+        "LoraConfig",
+        lambda family: {"r": 4, "lora_alpha": 12, "lora_bias": True, "target_modules": LINEARS[family]},
     ),
     "lora_fa": Case(
         lambda family: LoraFaConfig(rank=4, alpha=12, target_modules=tuple(LINEARS[family])),
@@ -171,6 +194,28 @@ CASES: dict[str, Case] = {
         },
         ("llama", "qwen2", "gemma3_text"),
     ),
+    "trainable_tokens": Case(
+        lambda family: TrainableTokensConfig(token_indices=TOKENS),
+        "TrainableTokensConfig",
+        lambda family: {"token_indices": list(TOKENS)},
+    ),
+    "lora-and-tokens": Case(
+        lambda family: LoraConfig(
+            rank=4, alpha=12, trainable_token_indices=TOKENS, target_modules=tuple(LINEARS[family])
+        ),
+        "LoraConfig",
+        lambda family: {
+            "r": 4, "lora_alpha": 12, "trainable_token_indices": list(TOKENS),
+            "target_modules": LINEARS[family],
+        },
+    ),
+    "adalora": Case(
+        lambda family: AdaLoraConfig(rank=5, target_rank=3, alpha=7, target_modules=tuple(LINEARS[family])),
+        "AdaLoraConfig",
+        lambda family: {
+            "init_r": 5, "target_r": 3, "lora_alpha": 7, "total_step": 10, "target_modules": LINEARS[family],
+        },
+    ),
 }  # fmt: skip
 
 PLACES = [(name, family) for name, case in CASES.items() for family in case.families]
@@ -235,7 +280,7 @@ def test_we_load_peft(tiny_dir: Callable[..., Path], name: str, family: str, tmp
     save_adapter(base.model, tmp_path / "b")
     one, other = (load_file(tmp_path / which / "adapter_model.safetensors") for which in "ab")
     assert other.keys() <= one.keys()  # PEFT adds the weights of embeddings that are targeted
-    assert all("embed" in key or "lm_head" in key for key in one.keys() - other.keys())
+    assert all("embed" in key or "lm_head" in key for key in one.keys() - other.keys())  # and tied rows twice
     assert all(torch.equal(one[key], other[key]) for key in other)
 
 
@@ -249,8 +294,11 @@ def test_gradients_are_those_of_peft(
     shake(trained_tensors(base.model).values())
     save_adapter(base.model, tmp_path / "a")
     theirs = theirs_over(directory, tmp_path / "a", is_trainable=True)
-    for model in (base.model, theirs):
-        model(IDS, labels=IDS).loss.backward()
+    steering = steering_of(base.model, 10)
+    added = None if steering is None else steering.regularization()  # theirs is in the loss
+    for model, more in ((base.model, added), (theirs, None)):
+        loss = model(IDS, labels=IDS).loss
+        (loss if more is None else loss + more).backward()
     other = {
         key.replace(".default.weight", "" if "lora_magnitude" in key else ".weight").replace(
             ".default", ""

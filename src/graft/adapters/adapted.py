@@ -97,7 +97,8 @@ class AdaptedLayer(nn.Module):
 class SavedModule(nn.Module):
     """A module that is trained in full: the frozen original and one fp32 copy of its parameters per adapter.
 
-    The forward runs the original's code with the copy's parameters cast to the original's dtypes.
+    The forward runs the original's code with the copy's parameters cast to the original's dtypes. A copy may
+    hold the bias alone; the original's other parameters stay in use.
 
     Args:
         original: The module that it takes the place of.
@@ -114,6 +115,14 @@ class SavedModule(nn.Module):
         """Start a copy at the original's values."""
         self.copies[name] = copy.deepcopy(self.original).float().train(self.training)
 
+    def add_bias(self, name: str) -> None:
+        """Start a copy of the bias alone at the original's value."""
+        bias = self.original.bias
+        assert isinstance(bias, Tensor)
+        part = nn.Module()
+        part.bias = nn.Parameter(bias.detach().float().clone())
+        self.copies[name] = part
+
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
         """The copy's parameters by their names within the module."""
         return dict(self.copies[name].named_parameters())
@@ -123,7 +132,11 @@ class SavedModule(nn.Module):
         if not self.active:
             return self.original(*args, **kwargs)
         trained = self.tensors(self.active[0])
-        cast = {name: trained[name].to(old.dtype) for name, old in self.original.named_parameters()}
+        cast = {
+            name: trained[name].to(old.dtype)
+            for name, old in self.original.named_parameters()
+            if name in trained
+        }
         return functional_call(self.original, cast, args, kwargs)
 
     def activate(self, names: tuple[str, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -19,12 +19,24 @@ from graft.adapters.attached import (
     attachments,
     disabled,
     set_active,
+    stays_tied,
     trained_tensors,
 )
 from graft.adapters.base import AdapterConfig, kinds_of, method_of
 from graft.adapters.initializers import generator_for
 from graft.adapters.patterns import first_match
-from graft.adapters.targets import ALL_LINEAR, Selection, select_saved, select_targets, tied_pair
+from graft.adapters.targets import (
+    ALL_LINEAR,
+    Selection,
+    base_layers,
+    in_order,
+    select_biases,
+    select_rows,
+    select_saved,
+    select_targets,
+    tied_pair,
+)
+from graft.adapters.trainable_tokens import token_rows
 from graft.config import did_you_mean
 from graft.dialects import explained
 from graft.errors import AdapterError, TargetError
@@ -103,12 +115,7 @@ def install(
     """
     check_name(model, name)
     method_of(config)
-    targets = select_targets(model, selection, strict=strict)
-    saved = select_saved(model, selection.modules_to_save)
-    _refuse_kinds(config, targets)
-    if strict:
-        _refuse_idle_patterns(config, targets)
-    _refuse_overlap(model, targets, saved)
+    config, targets, saved, biases = _selected(model, config, selection, strict)
     if seed is not None:
         _refuse_without_gradient(targets)
     record = attachments(model)
@@ -120,9 +127,10 @@ def install(
     shared = _shared(config, targets)
     for path, base in targets.items():
         _adapt(model, path, base, config, name, seed, shared)
-    for path in saved:
-        _save_whole(model, path, name)
-    adapter = Adapter(name, config, tuple(targets), tuple(saved), 0, shared=shared)
+    _adapt_tied(model, name, targets, saved)
+    for path in (*saved, *biases):
+        _save_module(model, path, name, whole=path in saved)
+    adapter = Adapter(name, config, tuple(targets), tuple(saved), 0, tuple(biases), shared=shared)
     record.adapters[name] = adapter
     adapter.num_trainable = sum(tensor.numel() for tensor in trained_tensors(model, name).values())
     adapter.notes += _tied_notes(model, adapter)
@@ -131,6 +139,30 @@ def install(
     guard_save_pretrained(model)
     set_active(model, name)
     return adapter
+
+
+def _selected(
+    model: nn.Module, config: AdapterConfig, selection: Selection, strict: bool
+) -> tuple[AdapterConfig, dict[str, BaseLayer], dict[str, nn.Module], list[str]]:
+    """Settings, targets, modules trained in full, modules whose bias trains; refuses what cannot be done."""
+    targets = select_targets(model, selection, strict=strict)
+    saved = select_saved(model, selection.modules_to_save)
+    rows = select_rows(model, config)
+    if strict:
+        _refuse_rows_twice(targets, saved, rows)
+    targets = in_order(model, {**targets, **rows})
+    _refuse_kinds(config, targets)
+    resolve = getattr(method_of(config), "resolved", None)
+    config = config if resolve is None else resolve(config, targets)
+    for path, base in targets.items():
+        method_of(config).tensor_shapes(base, config.at(path))  # refuses what it cannot do, before a change
+    _refuse_overlap(model, targets, saved)
+    _refuse_tied(config, model, (*targets, *saved))
+    biases = select_biases(model, config, targets, saved)
+    if strict:
+        _refuse_idle_patterns(config, targets)
+        _refuse_idle_bias(config, targets, biases)
+    return config, targets, saved, biases
 
 
 def check_name(model: nn.Module, name: str) -> None:
@@ -160,6 +192,17 @@ def _refuse_idle_patterns(config: AdapterConfig, targets: Mapping[str, BaseLayer
                     where=f"adapter.{field}",
                     fix=did_you_mean(item.rpartition("=")[0], {path.rpartition(".")[2] for path in targets}),
                 )
+
+
+def _refuse_idle_bias(config: AdapterConfig, targets: Mapping[str, BaseLayer], biases: list[str]) -> None:
+    wanted = getattr(config, "bias", "none")
+    if wanted != "none" and not biases and all(base.bias is None for base in targets.values()):
+        raise TargetError(
+            f"bias {wanted!r} selects nothing: "
+            + ("no target has a bias" if wanted == "lora_only" else "the model has no bias"),
+            where="adapter.bias",
+            fix="leave it out; adapter.lora_bias gives lora_B one",
+        )
 
 
 def _refuse_without_gradient(targets: Mapping[str, BaseLayer]) -> None:
@@ -227,18 +270,63 @@ def _adapt(
     module.adapters[name] = layer.to(base.device).train(module.training)
 
 
-def _save_whole(model: nn.Module, path: str, name: str) -> None:
+def _refuse_rows_twice(
+    targets: Collection[str], saved: Collection[str], rows: Mapping[str, BaseLayer]
+) -> None:
+    for path in rows:
+        if path in targets or path in saved:
+            raise TargetError(
+                f"{path} is a target or trained in full, and trainable_token_indices trains rows of it",
+                where="adapter.trainable_token_indices",
+                fix="leave one of them out",
+            )
+
+
+def _adapt_tied(
+    model: nn.Module, name: str, targets: Mapping[str, BaseLayer], saved: Collection[str]
+) -> None:
+    """Put the rows of an embedding into the output head too that shares its weight."""
+    embedding, head = tied_pair(model) or ("", "")
+    if embedding not in targets:
+        return
+    layer: Any = model.get_submodule(embedding)
+    own = layer.adapters[name]
+    if not hasattr(own, "tied_layer"):
+        return
+    module = model.get_submodule(head)
+    if not isinstance(module, AdaptedLayer):
+        module = AdaptedLayer(base_layers(model)[head])
+        replace_module(model, head, module)
+    module.adapters[name] = own.tied_layer().train(module.training)
+
+
+def _refuse_tied(config: AdapterConfig, model: nn.Module, places: Collection[str]) -> None:
+    embedding, head = tied_pair(model) or ("", "")
+    if not token_rows(config) or embedding not in places:
+        return
+    if head in places or isinstance(model.get_submodule(head), SavedModule):
+        raise TargetError(
+            f"{head} shares its weight with {embedding}, of which rows train: both sides have to see them",
+            where="adapter.target_modules",
+            fix=f"take {head} out of target_modules and modules_to_save, of other adapters too",
+        )
+
+
+def _save_module(model: nn.Module, path: str, name: str, *, whole: bool) -> None:
     module = model.get_submodule(path)
     if not isinstance(module, SavedModule):
         module = SavedModule(module)
         replace_module(model, path, module)
-    module.add_copy(name)
+    if whole:
+        module.add_copy(name)
+    else:
+        module.add_bias(name)
 
 
 def _tied_notes(model: nn.Module, adapter: Adapter) -> list[str]:
     pair = tied_pair(model)
     touched = [path for path in pair or () if path in adapter.targets or path in adapter.saved_modules]
-    if pair is None or not touched:
+    if pair is None or not touched or stays_tied(model, adapter.name):
         return []
     other = [path for path in pair if path not in touched]
     what = f"{' and '.join(touched)} {'are' if len(touched) > 1 else 'is'} trained"

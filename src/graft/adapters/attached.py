@@ -33,6 +33,8 @@ class Adapter:
     """Paths of the modules that it trains in full."""
     num_trainable: int
     """Numbers in its tensors."""
+    bias_modules: tuple[str, ...] = ()
+    """Paths of the modules beside its targets whose bias it trains."""
     trainable: bool = True
     """Whether its tensors get gradients while it is active."""
     notes: list[str] = field(default_factory=list)
@@ -43,6 +45,11 @@ class Adapter:
     """What its file says about how it was made."""
     shared: nn.Module | None = None
     """Holds the tensors that its layers share (`AdapterMethod.build_shared`); they do not train."""
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Paths of all that it trains something of."""
+        return (*self.targets, *self.saved_modules, *self.bias_modules)
 
 
 @dataclass(eq=False)
@@ -77,6 +84,15 @@ def attachments(model: object) -> Attachments:
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     """The adapters in a model by name, in the order in which they came."""
     return dict(attachments(model).adapters)
+
+
+def stays_tied(model: nn.Module, name: str) -> bool:
+    """Whether an adapter does the same to embedding and output head, so that they keep sharing a weight."""
+    own = adapter(model, name).places
+    return any(
+        path not in own and isinstance(module, AdaptedLayer) and name in module.adapters
+        for path, module in adapter_modules(model).items()
+    )
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
@@ -132,7 +148,7 @@ def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, nn.Par
 
 
 def trained_tensors(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
-    """Those of an adapter's tensors that can train, as `adapter_tensors` has them.
+    """Those of an adapter's tensors that can train, as `adapter_tensors` has them; none without numbers.
 
     Args:
         model: A model that carries it.
@@ -145,7 +161,7 @@ def trained_tensors(model: nn.Module, name: str = "default") -> dict[str, nn.Par
 
 
 def fixed_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """Those of an adapter's tensors that never train, those that its layers share among them.
+    """Those of an adapter's tensors that no gradient changes: what its layers share, and their state, too.
 
     Args:
         model: A model that carries it.
@@ -158,7 +174,11 @@ def fixed_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
         AdapterError: The model has no such adapter.
     """
     shared = adapter(model, name).shared
-    return {**_of_kind(model, name, frozen=True), **({} if shared is None else dict(shared.named_buffers()))}
+    return {
+        **_of_kind(model, name, frozen=True),
+        **({} if shared is None else dict(shared.named_buffers())),
+        **_states(model, name),
+    }
 
 
 def active_fixed_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -179,8 +199,19 @@ def _of_kind(model: nn.Module, name: str, *, frozen: bool) -> dict[str, nn.Param
         f"{path}.{leaf}" if path else leaf: tensor
         for path, module in adapter_modules(model).items()
         for leaf, tensor in _tensors(module, name).items()
-        if (leaf in _frozen(module, known)) == frozen
+        if (leaf in _frozen(module, known)) == frozen and (frozen or tensor.numel())
     }
+
+
+def _states(model: nn.Module, name: str) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path, module in adapter_modules(model).items():
+        if not isinstance(module, AdaptedLayer) or name not in module.adapters:
+            continue
+        layer: Any = module.adapters[name]
+        own = layer.state_tensors() if hasattr(layer, "state_tensors") else {}
+        found |= {f"{path}.{leaf}" if path else leaf: tensor for leaf, tensor in own.items()}
+    return found
 
 
 def _frozen(module: AdaptedLayer | SavedModule, known: Adapter) -> frozenset[str]:

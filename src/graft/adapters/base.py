@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from typing import TYPE_CHECKING, Any, Protocol
 
+from graft.adapters.adalora import AdaLoraMethod
 from graft.adapters.dora import DoraMethod
 from graft.adapters.ia3 import Ia3Method
 from graft.adapters.loha import LohaMethod
@@ -12,6 +13,8 @@ from graft.adapters.lokr import LokrMethod
 from graft.adapters.lora import LoraMethod
 from graft.adapters.lora_fa import LoraFaMethod
 from graft.adapters.oft import OftMethod
+from graft.adapters.qa_lora import QaLoraMethod
+from graft.adapters.trainable_tokens import TrainableTokensMethod
 from graft.adapters.vera import VeraMethod
 from graft.errors import ConfigError
 
@@ -61,13 +64,21 @@ class AdapterLayer(Protocol):
     - `begin(x)`: the part of `forward` that needs no base output; see `LoraLinear.begin`. Additive only.
     - `update_factors()`: (down (n, in), up (out, n)) whose product is the whole update, its scaling included,
       where that is no dearer than the (out, in) matrix. Additive only; composing goes through it.
-    - `merged_bias(base, bias)`: the bias of the plain layer, where it is another one than the base's.
+    - `merged_bias(base, bias)`: the bias of the plain layer, where it may be another one than the base's,
+      which may be None.
     - `idle(base)`: whether the layer leaves every output as it is, as far as that can be told cheaply.
     - `update_values()`: the singular values of the update, falling, float64, where there is a cheaper way to
       them than the update itself. Additive only; `graft inspect` asks for them.
     - `reference_forward(x, base_output, base)`: the same in plain differentiable operations, which the
       gradients of `forward` are checked against; without it they are checked by finite differences.
     - `share(shared)`: takes what `AdapterMethod.build_shared` made.
+    - `update_factors()`: A (rank, in) and B (out, rank) of an update `scaling` B A that has other tensors.
+    - `state_tensors()`: by name, what neither trains nor follows from the base and the settings.
+    - `block_update(block)`: (out, in / block), what an update adds to all weights of each block of a row;
+      None where it differs within a block. A merge then moves the shifts of an affine quantized base.
+    - `may_wait`: whether its gradients may be zero for now, and its effect too.
+    - `tied_layer()`: of an embedding, a layer without tensors of its own that does the same in the output
+      head that shares the weight.
     """
 
     @property
@@ -94,6 +105,13 @@ class AdapterMethod(Protocol):
     - `build_shared(bases, config)`: an `nn.Module` whose buffers, by their names in files, belong to all
       layers of one adapter together. They never train, and follow from the settings and the layers alone.
     - `shared_shapes(bases, config)`: their names and shapes, without making them; needed beside it.
+    - `steer(layers, config, num_steps, settled=...)`: the `Steering` of a run over its layers by path;
+      `settled` in a later phase, which changes nothing more.
+    - `resolved(config, targets)`: the settings with what follows from the layers filled in.
+    - `stored_shapes(base, config)` and `restored(base, config, leaf, value, where)`: the shapes of the
+      tensors in files where they are others, and a tensor made of what a file holds.
+    - `stored(layers, config)`: what files hold where that is not what the layers hold: the settings to be
+      written and the tensors of each layer by their names; layers that are missing there are left out.
     """
 
     @property
@@ -117,6 +135,25 @@ class AdapterMethod(Protocol):
         """
 
 
+class Steering(Protocol):
+    """What a method does between the steps of a run, besides what the gradients do; the loop calls it."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it, by name; copied back in place when a run goes on."""
+
+    def regularization(self) -> Tensor | None:
+        """What is added to the loss of a step, once, differentiable; None for nothing."""
+
+    def before_update(self, step: int) -> None:
+        """With the gradients of the whole step there, as they are before clipping; steps count from 1."""
+
+    def after_step(self, step: int) -> None:
+        """With the step made, skipped ones too."""
+
+    def figures(self) -> dict[str, float]:
+        """Figures of the step for the log, finite, and none of the clock's."""
+
+
 METHODS: dict[str, AdapterMethod] = {
     method.name: method
     for method in (
@@ -128,6 +165,9 @@ METHODS: dict[str, AdapterMethod] = {
         LohaMethod(),
         LokrMethod(),
         OftMethod(),
+        AdaLoraMethod(),
+        TrainableTokensMethod(),
+        QaLoraMethod(),
     )
 }
 """The methods by name; one of your own joins them with `METHODS[method.name] = method`."""

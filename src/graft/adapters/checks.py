@@ -188,7 +188,7 @@ def _check_merge(base: BaseLayer, layer: Any, x: Tensor, label: str) -> None:
         kept = weight.clone()
         merged = layer.merged_weight(base, weight)
         assert torch.equal(weight, kept), f"{label}: merged_weight() changed the weight it was given"
-        if bias is not None and hasattr(layer, "merged_bias"):
+        if hasattr(layer, "merged_bias"):
             bias = layer.merged_bias(base, bias)
         if base.kind == "embedding":
             plain = functional.embedding(x, merged.t()) * base.output_scale

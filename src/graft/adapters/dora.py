@@ -7,7 +7,7 @@ is for each output. The norm is a constant in the backward pass (section 4.3 of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from graft.adapters.lora import LoraMethod
 from graft.adapters.settings import LowRankSettings, check_low_rank, check_placement
@@ -77,5 +77,5 @@ class DoraMethod:
         """Make the layer module; without a generator its tensors are left to be filled from a file."""
         from graft.adapters.dora_layer import DoraLayer
 
-        update = LoraMethod().build_layer(base, config, generator)
+        update: Any = LoraMethod().build_layer(base, config, generator)
         return DoraLayer(update, base, config.dropout)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graft.adapters.adapted import AdaptedLayer, unwrapped
 from graft.adapters.attached import Adapter, adapter, adapter_modules
 from graft.adapters.base import frozen_tensors, method_of
-from graft.adapters.targets import Selection, select_targets
+from graft.adapters.targets import Selection, select_rows, select_targets
 
 PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 """Names of two factors of an update: where one of them is zero, so is the product."""
@@ -42,18 +42,25 @@ def asked_tensors(model: nn.Module, made: Adapter) -> dict[str, tuple[int, ...]]
     method = method_of(config)
     frozen = frozen_tensors(method)
     asked: dict[str, tuple[int, ...]] = {}
-    for path, base in select_targets(model, selection, strict=False).items():
+    targets = {**select_targets(model, selection, strict=False), **select_rows(model, config)}
+    for path, base in targets.items():
         for leaf, shape in method.tensor_shapes(base, config.at(path)).items():
-            if leaf not in frozen:
+            if leaf not in frozen and 0 not in shape:
                 asked[f"{path}.{leaf}"] = tuple(shape)
     for path in made.saved_modules:
         for leaf, tensor in unwrapped(model.get_submodule(path)).named_parameters():
             asked[f"{path}.{leaf}"] = tuple(tensor.shape)
+    for path in made.bias_modules:
+        bias: Any = unwrapped(model.get_submodule(path)).bias
+        asked[f"{path}.bias"] = tuple(bias.shape)
     return asked
 
 
 def factors(layer: Any) -> tuple[Tensor, Tensor] | None:
     """The two factors of a layer's update; None for an update that is no plain product of two."""
+    if hasattr(layer, "update_factors"):
+        own: tuple[Tensor, Tensor] = layer.update_factors()
+        return own
     tensors = layer.tensors()
     for first, second in PAIRS:
         if tensors.keys() == {first, second}:
@@ -73,22 +80,23 @@ def idle_layers(model: nn.Module, name: str) -> list[str]:
     for path, layer in adapted_layers(model, name).items():
         if is_idle(model, path, layer):
             idle.append(path)
-    for path in adapter(model, name).saved_modules:
+    made = adapter(model, name)
+    for path in (*made.saved_modules, *made.bias_modules):
         module: Any = model.get_submodule(path)
-        copies = module.tensors(name)
-        if all(torch.equal(copies[leaf].to(old), old) for leaf, old in module.original.named_parameters()):
+        old = dict(module.original.named_parameters())
+        if all(torch.equal(new.to(old[leaf]), old[leaf]) for leaf, new in module.tensors(name).items()):
             idle.append(path)
     return idle
 
 
 def is_idle(model: nn.Module, path: str, layer: Any) -> bool:
     """Whether a layer at a path of a model leaves every output as it is; false where that cannot be told."""
-    pair = factors(layer)
-    if pair is not None:
-        return not (bool(pair[1].any()) and bool(pair[0].any()))
     ask = getattr(layer, "idle", None)
-    module: Any = model.get_submodule(path)
-    return ask is not None and bool(ask(module.base))
+    if ask is not None:
+        module: Any = model.get_submodule(path)
+        return bool(ask(module.base))
+    pair = factors(layer)
+    return pair is not None and not (bool(pair[1].any()) and bool(pair[0].any()))
 
 
 @contextlib.contextmanager

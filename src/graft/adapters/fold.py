@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from graft.adapters.adapted import AdaptedLayer, SavedModule, unwrapped
 from graft.adapters.attach import detach
-from graft.adapters.attached import active_weights, adapter, adapter_modules
+from graft.adapters.attached import active_weights, adapter, adapter_modules, stays_tied
 from graft.adapters.base import is_additive
 from graft.adapters.targets import base_layers, tied_pair
 from graft.errors import AdapterError
 from graft.models.layers import BaseLayer
+from graft.quant.linear import QuantizedLinear, quantized_modules
+from graft.quant.tensor import plain_constants
 
 
 def merge_into(model: nn.Module, name: str = "default") -> bool:
@@ -37,19 +39,23 @@ def merge_into(model: nn.Module, name: str = "default") -> bool:
     known = adapter(model, name)
     modules = adapter_modules(model)
     _refuse_quantized(modules, name)
+    packed = any(block_update(module, name) is not None for module in modules.values())
+    _refuse_new_bias(modules, name)
     _refuse_beside(modules, name)
     weight = active_weights(model).get(name, 1.0)
     pair = tied_pair(model)
     touched = {*known.targets, *known.saved_modules}
-    untie = pair is not None and not touched.isdisjoint(pair)
+    untie = pair is not None and not touched.isdisjoint(pair) and not stays_tied(model, name)
     if pair is not None and untie:
         _untie(model, pair[1])
     for module in modules.values():
         if isinstance(module, SavedModule):
             _fold_copy(module, name)
         elif name in module.adapters:
-            _fold_layer(module.base, module.adapters[name], weight)
+            _fold_layer(module, name, weight)
     detach(model, name)
+    if packed:
+        _store_alike(model)
     if hasattr(model, "graft_fingerprint"):
         del model.graft_fingerprint  # it was that of the weights before
     return untie
@@ -57,11 +63,60 @@ def merge_into(model: nn.Module, name: str = "default") -> bool:
 
 def _refuse_quantized(modules: dict[str, AdaptedLayer | SavedModule], name: str) -> None:
     for path, module in modules.items():
-        if isinstance(module, AdaptedLayer) and name in module.adapters and module.base.quantized:
+        if not isinstance(module, AdaptedLayer) or name not in module.adapters:
+            continue
+        if module.base.quantized and block_update(module, name) is None:
             raise AdapterError(
                 f"{path} is quantized: an adapter cannot be folded into codes without loss",
                 where=path,
                 fix="load the base without quantization, or use graft merge",
+            )
+
+
+def block_update(module: nn.Module, name: str) -> Tensor | None:
+    """What an adapter adds to all weights of each block of a quantized layer; None where that is not exact.
+
+    Args:
+        module: What stands in the place of the layer.
+        name: The adapter.
+    """
+    if not isinstance(module, AdaptedLayer) or name not in module.adapters:
+        return None
+    layer: Any = module.adapters[name]
+    block = module.base.affine_block
+    found: Tensor | None = None
+    if block is not None and hasattr(layer, "block_update"):
+        found = layer.block_update(block)
+    return found
+
+
+def merges_into_codes(model: nn.Module, name: str) -> bool:
+    """Whether every layer of an adapter is quantized and takes its update into the shifts of its blocks."""
+    own = adapter(model, name)
+    modules = adapter_modules(model)
+    exact = all(block_update(modules[path], name) is not None for path in own.targets)
+    return exact and bool(own.targets)
+
+
+def _store_alike(model: nn.Module) -> None:
+    """Give all quantized layers constants in float32, as those have whose shifts moved."""
+    for path, layer in quantized_modules(model).items():
+        weight = plain_constants(layer.quantized_weight)
+        if weight.config != layer.config:
+            made = QuantizedLinear.from_quantized(weight, layer.bias, layer.compute_dtype)
+            model.set_submodule(path, made.train(layer.training))
+
+
+def _refuse_new_bias(modules: dict[str, AdaptedLayer | SavedModule], name: str) -> None:
+    for path, module in modules.items():
+        if isinstance(module, SavedModule) or name not in module.adapters or module.base.bias is not None:
+            continue
+        layer: Any = module.adapters[name]
+        if hasattr(layer, "merged_bias") and layer.merged_bias(module.base, None) is not None:
+            raise AdapterError(
+                f"{path} has no bias that the bias of lora_B could be folded into",
+                where=path,
+                fix="use the adapter as it is, or train it without adapter.lora_bias",
             )
 
 
@@ -80,14 +135,19 @@ def _refuse_beside(modules: dict[str, AdaptedLayer | SavedModule], name: str) ->
             )
 
 
-def _fold_layer(base: BaseLayer, layer: Any, factor: float) -> None:
+def _fold_layer(module: AdaptedLayer, name: str, factor: float) -> None:
+    base, layer = module.base, cast("Any", module.adapters[name])
+    moved = block_update(module, name)
+    if moved is not None:
+        module.base_layer = base.shifted(factor * moved)
+        return
     if factor != 1:  # additive: its update alone, which knows no base weight and no bias
         weight = base.dense_weight()
         change = layer.merged_weight(base, torch.zeros_like(weight))
         base.replace_weight(torch.add(weight, change, alpha=factor))
         return
     bias = base.bias
-    merged = layer.merged_bias(base, bias) if bias is not None and hasattr(layer, "merged_bias") else None
+    merged = layer.merged_bias(base, bias) if hasattr(layer, "merged_bias") else None
     base.replace_weight(layer.merged_weight(base, base.dense_weight()))
     if bias is not None and merged is not None:
         with torch.no_grad():
@@ -100,7 +160,8 @@ def _fold_copy(module: SavedModule, name: str) -> None:
     trained = module.tensors(name)
     with torch.no_grad():
         for leaf, old in module.original.named_parameters():
-            old.copy_(trained[leaf])
+            if leaf in trained:
+                old.copy_(trained[leaf])
 
 
 def _untie(model: Any, head: str) -> None:

@@ -68,15 +68,15 @@ class Ia3Layer(nn.Module):
         with torch.no_grad():
             return weight * self.ia3_l.to(weight.device)
 
-    def merged_bias(self, base: BaseLayer, bias: Tensor) -> Tensor:
+    def merged_bias(self, base: BaseLayer, bias: Tensor | None) -> Tensor | None:
         """The bias, which is multiplied with the output.
 
         Args:
             base: The layer below.
-            bias: Its bias (out,); not changed.
+            bias: Its bias (out,), or None; not changed.
         """
         with torch.no_grad():
-            return bias if self.feedforward else bias * self.ia3_l.view(-1)
+            return bias if self.feedforward or bias is None else bias * self.ia3_l.view(-1)
 
     def idle(self, base: BaseLayer) -> bool:
         """Whether all of l is one."""

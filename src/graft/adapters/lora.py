@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from graft.adapters.settings import LowRankSettings, check_low_rank, check_placement
+from graft.adapters.trainable_tokens import check_tokens, row_shape
 from graft.dialects import explained
+from graft.errors import ConfigError, TargetError
 
 if TYPE_CHECKING:
     import torch
 
     from graft.adapters.lora_layer import LoraEmbedding, LoraLinear
+    from graft.adapters.trainable_tokens_layer import TokenRows
     from graft.models.layers import BaseLayer
 
 
@@ -47,12 +50,28 @@ class LoraConfig(LowRankSettings):
     """Other ranks for some layers, each "regex=rank"; matched with the end of the path, first one counts."""
     alpha_pattern: tuple[str, ...] = ()
     """Other alphas for some layers, each "regex=alpha"."""
-    bias: Literal["none"] = "none"
-    """Biases stay frozen."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases that train too: those of the layers that carry an adapter, or all of the model."""
+    trainable_token_indices: tuple[int, ...] = ()
+    """Numbers of tokens whose rows of the input embedding train too, in full; it is no target then."""
+    lora_bias: bool = False
+    """Give lora_B a bias; embeddings have none, and a layer without a bias cannot take it in a merge."""
 
     def __post_init__(self) -> None:
         check_low_rank(self)
         check_placement(self)
+        check_tokens(self.trainable_token_indices, "adapter.trainable_token_indices")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ConfigError(
+                f"bias {self.bias!r} is not known", where="adapter.bias", fix="none, all or lora_only"
+            )
+        for name, set_ in (("bias", self.bias == "lora_only"), ("lora_bias", self.lora_bias)):
+            if set_ and not self.target_modules:
+                raise ConfigError(
+                    f"{name} {getattr(self, name)!r} cannot act: target_modules is empty",
+                    where=f"adapter.{name}",
+                    fix=f"leave {name} out, or name targets",
+                )
 
 
 class LowRank(Protocol):
@@ -75,6 +94,43 @@ class LowRank(Protocol):
         """Start of lora_A."""
 
 
+ROWS = "token_adapter.trainable_tokens_delta"
+"""What PEFT's files call rows of an embedding that train beside LoRA."""
+
+
+def rows_of(base: BaseLayer, config: LowRank) -> tuple[int, ...]:
+    """The tokens whose rows of an embedding train; none of another layer.
+
+    Args:
+        base: The layer.
+        config: Its settings; those of DoRA know no such rows.
+    """
+    indices: tuple[int, ...] = getattr(config, "trainable_token_indices", ())
+    return indices if base.kind == "embedding" else ()
+
+
+def trained_biases(base: BaseLayer, config: LowRank) -> tuple[bool, bool]:
+    """Whether lora_B of a layer has a bias, and whether the base's bias trains.
+
+    Args:
+        base: The layer.
+        config: Its settings; those of DoRA and LoRA-FA know no biases.
+
+    Raises:
+        TargetError: An embedding is to have one.
+    """
+    lora_bias: bool = getattr(config, "lora_bias", False)
+    if base.kind == "embedding":
+        if lora_bias:
+            raise TargetError(
+                "lora_bias on an embedding: what it looks up has no bias",
+                where="adapter.lora_bias",
+                fix="leave lora_bias out, or the embedding",
+            )
+        return False, False
+    return lora_bias, getattr(config, "bias", "none") != "none" and base.bias is not None
+
+
 class LoraMethod:
     """LoRA behind the contract of `graft.adapters.base.AdapterMethod`."""
 
@@ -83,20 +139,40 @@ class LoraMethod:
 
     def tensor_shapes(self, base: BaseLayer, config: LowRank) -> dict[str, tuple[int, ...]]:
         """Names (as in PEFT files) and shapes of the tensors that one layer adds."""
+        if indices := rows_of(base, config):
+            return {ROWS: row_shape(base, indices, "adapter.trainable_token_indices")}
         down, up = (config.rank, base.in_features), (base.out_features, config.rank)
+        lora_bias, base_bias = trained_biases(base, config)
         if base.kind == "embedding":
             return {"lora_embedding_A": down, "lora_embedding_B": up}
-        return {"lora_A.weight": down, "lora_B.weight": up}
+        shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": down, "lora_B.weight": up}
+        if lora_bias:
+            shapes["lora_B.bias"] = (base.out_features,)
+        if base_bias:
+            shapes["base_layer.bias"] = (base.out_features,)
+        return shapes
 
     def build_layer(
         self, base: BaseLayer, config: LowRank, generator: torch.Generator | None
-    ) -> LoraLinear | LoraEmbedding:
+    ) -> LoraLinear | LoraEmbedding | TokenRows:
         """Make the layer module; without a generator its tensors are left to be filled from a file."""
+        if indices := rows_of(base, config):
+            from graft.adapters.trainable_tokens_layer import TokenRows
+
+            return TokenRows(base, indices, ROWS)
         from graft.adapters.initializers import fill_lora
         from graft.adapters.lora_layer import LoraEmbedding, LoraLinear
 
-        kind = LoraEmbedding if base.kind == "embedding" else LoraLinear
-        layer = kind(base.in_features, base.out_features, config.rank, config.scaling, config.dropout)
+        sizes = base.in_features, base.out_features, config.rank, config.scaling, config.dropout
+        lora_bias, base_bias = trained_biases(base, config)
+        layer: LoraLinear | LoraEmbedding
+        if lora_bias or base_bias:
+            from graft.adapters.lora_bias_layer import LoraBaseBiasLinear, LoraBiasLinear
+
+            biased = LoraBaseBiasLinear if base_bias else LoraBiasLinear
+            layer = biased(*sizes, lora_bias=lora_bias, base_bias=base.bias if base_bias else None)
+        else:
+            layer = (LoraEmbedding if base.kind == "embedding" else LoraLinear)(*sizes)
         if generator is not None:
             fill_lora(layer, config.init, generator)
         return layer

@@ -66,9 +66,8 @@ class LoraLinear(nn.Module):
             return self.reference_forward(x, base_output, base)
         if x.dtype != base_output.dtype:
             x = x.to(base_output.dtype)
-        if self.training and self.dropout:
-            x = functional.dropout(x, self.dropout)
         fresh = is_fresh(base_output, base)
+        x = self._dropped(x)
         update: Tensor = LoraUpdate.apply(x, base_output, self.lora_A, self.lora_B, self.scaling, fresh)
         return update
 
@@ -83,27 +82,14 @@ class LoraLinear(nn.Module):
         Returns:
             The rest of `forward`, as a function of base_output and base; None where it must be done in one.
         """
-        if (
-            not torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch.is_autocast_enabled(x.device.type)
-        ):
-            return None
-        if self.training and self.dropout:
-            x = functional.dropout(x, self.dropout)
-        place, down = _LoraDown.apply(x, self.lora_A, self.lora_B, self.scaling)
+        return begun_update(x, lambda: (self.lora_A, self.lora_B), self.scaling, self._dropped)
 
-        def finish(base_output: Tensor, base: BaseLayer) -> Tensor:
-            fresh = is_fresh(base_output, base)
-            return _LoraUp.apply(base_output, place, down, self.lora_B.detach(), self.scaling, fresh)
-
-        return finish
+    def _dropped(self, x: Tensor) -> Tensor:
+        return functional.dropout(x, self.dropout) if self.training and self.dropout else x
 
     def reference_forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """The same in plain differentiable torch operations: what `forward` is tested against."""
-        x = x.to(base_output.dtype)
-        if self.training and self.dropout:
-            x = functional.dropout(x, self.dropout)
+        x = self._dropped(x.to(base_output.dtype))
         down = functional.linear(x, self.lora_A.to(x.dtype))
         return base_output + functional.linear(down, self.lora_B.to(x.dtype)) * self.scaling
 
@@ -197,6 +183,35 @@ class _LoraUp(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs_base, needs_update = ctx.needs_input_grad[:2]
         return grad if needs_base else None, grad if needs_update else None, None, None, None, None
+
+
+def begun_update(
+    x: Tensor,
+    factors: Callable[[], tuple[Tensor, Tensor]],
+    scaling: float,
+    dropped: Callable[[Tensor], Tensor],
+) -> Callable[[Tensor, BaseLayer], Tensor] | None:
+    """The first half of an update s B A x; see `LoraLinear.begin`.
+
+    Args:
+        x: (..., in).
+        factors: Gives A (rank, in) and B (out, rank).
+        scaling: s.
+        dropped: The dropout of x.
+    """
+    if (
+        not torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled(x.device.type)
+    ):
+        return None
+    lora_A, lora_B = factors()
+    place, down = _LoraDown.apply(dropped(x), lora_A, lora_B, scaling)
+
+    def finish(base_output: Tensor, base: BaseLayer) -> Tensor:
+        return _LoraUp.apply(base_output, place, down, lora_B.detach(), scaling, is_fresh(base_output, base))
+
+    return finish
 
 
 def is_fresh(base_output: Tensor, base: BaseLayer) -> bool:

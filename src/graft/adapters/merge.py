@@ -13,12 +13,13 @@ from torch import Tensor
 
 from graft.adapters.attach import disabled
 from graft.adapters.attached import Adapter
-from graft.adapters.fold import decode_from, merge_into
+from graft.adapters.fold import decode_from, merge_into, merges_into_codes
 from graft.adapters.peft_config import PeftSettings, directory_of, read_object, read_settings
 from graft.adapters.peft_format import load_adapter
 from graft.adapters.peft_open import CONFIG
 from graft.adapters.peft_tensors import full_name, open_weights
 from graft.adapters.side_file import FILE, SideFile, read_side_file, tensors_digest
+from graft.adapters.trainable_tokens import token_rows
 from graft.dialects import explained
 from graft.errors import AdapterError
 from graft.files import new_directory, write_json
@@ -28,7 +29,9 @@ from graft.models.load import BaseModel, load
 from graft.models.locate import resolve
 from graft.models.packed import open_packed, stored_method
 from graft.models.save import save_model
+from graft.models.save_quantized import save_quantized
 from graft.quant.config import QuantizationConfig
+from graft.quant.linear import quantized_modules
 
 PROBE_SHAPE = (2, 32)
 """Rows and tokens of the probe that certifies a merge."""
@@ -46,7 +49,8 @@ class MergeReport:
     base: str
     """The base that the adapter was folded into."""
     folded_into: str
-    """dense: the base's own weights; dequantized: those that a quantized base computed with in training."""
+    """dense: the base's own weights; dequantized: those that a quantized base computed with in training;
+    quantized: the shifts of its blocks, so that the merged model is quantized as the base was."""
     dtype: str
     """Of the written weights."""
     logit_gap: float
@@ -146,16 +150,21 @@ def merge(
     with new_directory(out) as partial:
         live = job.load(job.quantization)
         adapter = job.with_adapter(live)
-        expected = probe_logits(live.model)
+        rows = token_rows(adapter.config)
+        expected = probe_logits(live.model, rows)
         with disabled(live.model):
-            effect = _gap(expected, probe_logits(live.model))
+            effect = _gap(expected, probe_logits(live.model, rows))
         gaps: dict[str, float] = {}
-        if job.packed:
+        exact = not from_quantized and merges_into_codes(live.model, adapter.name)
+        if exact:
+            chosen, merged = "quantized", live
+            untied = merge_into(live.model, adapter.name)
+        elif job.packed:
             chosen = "dequantized"
             merged, untied = _folded(job, live, chosen)
         elif job.quantization is not None:
             chosen, other = ("dequantized", "dense") if from_quantized else ("dense", "dequantized")
-            gaps[other] = _gap(expected, probe_logits(_folded(job, live, other)[0].model))
+            gaps[other] = _gap(expected, probe_logits(_folded(job, live, other)[0].model, rows))
             merged, untied = _folded(job, live, chosen)
         else:
             chosen, merged = "dense", live
@@ -163,10 +172,14 @@ def merge(
         if template := job.side.facts.get("chat_template") if job.side is not None else None:
             merged.tokenizer.chat_template = template  # prompts as the adapter was taught them
         partial.rmdir()  # save_model makes it anew
-        fingerprint = save_model(merged.model, merged.tokenizer, partial)
+        if exact:
+            stored = next(iter(quantized_modules(merged.model).values())).config
+            fingerprint = save_quantized(merged.model, merged.tokenizer, partial, stored)
+        else:
+            fingerprint = save_model(merged.model, merged.tokenizer, partial)
         del live, merged
-        gap = _gap(expected, probe_logits(load(partial, dtype=job.dtype).model))
-        if job.packed or job.quantization is not None:
+        gap = _gap(expected, probe_logits(load(partial, dtype=job.dtype).model, rows))
+        if (job.packed or job.quantization is not None) and not exact:
             gaps[chosen] = gap
         report = MergeReport(
             directory=out,
@@ -177,11 +190,11 @@ def merge(
             adapter_effect=effect,
             gap_dense=gaps.get("dense"),
             gap_dequantized=gaps.get("dequantized"),
-            num_layers=len(adapter.targets) + len(adapter.saved_modules),
+            num_layers=len(adapter.places),
             untied=untied,
             forced_base=adapter.forced_base,
             fingerprint=fingerprint,
-            notes=(*adapter.notes, *_advice(chosen, gaps, effect)),
+            notes=(*adapter.notes, *_advice(chosen, gaps, effect), *_told_of_codes(adapter, chosen)),
         )
         write_json(partial / FILE, _certificate(job, report))
     return report
@@ -258,10 +271,17 @@ def _folded(job: _Job, live: BaseModel, into: str) -> tuple[BaseModel, bool]:
     return base, merge_into(base.model, name)
 
 
-def probe_logits(model: Any) -> Tensor:
-    """Logits (rows, tokens, vocabulary), fp32, over probe tokens that depend on the vocabulary alone."""
+def probe_logits(model: Any, tokens: tuple[int, ...] = ()) -> Tensor:
+    """Logits (rows, tokens, vocabulary), fp32, over probe tokens that depend on the vocabulary alone.
+
+    Args:
+        model: A causal language model.
+        tokens: Some that must be among them, since only they show a change: those of rows that train.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, PROBE_SHAPE, generator=generator)
+    first = torch.tensor(tokens[: PROBE_SHAPE[1]], dtype=torch.long)
+    ids[0, : len(first)] = first
     with torch.inference_mode():
         logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
     return logits.float().cpu()
@@ -292,6 +312,20 @@ def _advice(chosen: str, gaps: dict[str, float], effect: float) -> list[str]:
     if chosen == "dense" and gaps["dense"] > effect:
         told += ". The move exceeds the adapter's effect: evaluate the merged model, or use from_quantized"
     return [told]
+
+
+def _told_of_codes(adapter: Adapter, chosen: str) -> list[str]:
+    if chosen == "quantized":
+        return [
+            "folded into the shifts of the base's blocks: the merged model is quantized with the same codes, "
+            "its scales and shifts are in float32"
+        ]
+    if adapter.config.method == "qa_lora":
+        return [
+            "folded into dense weights: only a base in int4, int3 or int2, in blocks no larger than the "
+            "groups, takes QA-LoRA into its codes"
+        ]
+    return []
 
 
 def _certificate(job: _Job, report: MergeReport) -> dict[str, Any]:

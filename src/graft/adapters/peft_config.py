@@ -17,9 +17,10 @@ from torch import nn
 
 from graft.adapters.attached import Adapter
 from graft.adapters.base import METHODS
-from graft.adapters.peft_dialects import Dialect, check_options, dialect_for, dialect_of
+from graft.adapters.peft_dialect import Dialect
+from graft.adapters.peft_dialects import check_options, dialect_for, dialect_of
 from graft.adapters.peft_fields import Field, integers, list_of_names, names
-from graft.adapters.targets import Selection, base_layers, select_targets
+from graft.adapters.targets import Selection, base_layers, select_rows, select_targets
 from graft.errors import AdapterError, ConfigError, TargetError
 from graft.models.classifier import is_classifier
 
@@ -198,12 +199,14 @@ def _task_type(model: nn.Module) -> str | None:
 
 
 def _target_names(model: nn.Module, adapter: Adapter, by_block: bool) -> tuple[list[str], list[int] | None]:
-    short = tuple(sorted({path.rpartition(".")[2] for path in adapter.targets}))
+    rows = select_rows(model, adapter.config)
+    targets = tuple(path for path in adapter.targets if path not in rows)
+    short = tuple(sorted({path.rpartition(".")[2] for path in targets}))
     layers = adapter.config.layers if by_block else None
     for blocks in (None, layers) if layers else (None,):
-        if _selects(model, Selection(short, (), blocks, (), adapter.saved_modules), adapter.targets):
+        if _selects(model, Selection(short, (), blocks, (), adapter.saved_modules), targets):
             return list(short), list(blocks) if blocks else None
-    return sorted(adapter.targets), None
+    return sorted(targets), None
 
 
 def _selects(model: nn.Module, selection: Selection, wanted: tuple[str, ...]) -> bool:

@@ -6,12 +6,14 @@ refused by its name. A method that PEFT does not have is written under graft's o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from graft.adapters.base import METHODS, AdapterMethod
-from graft.adapters.peft_fields import Field, flag, names, number, pattern, plain, shown, whole
+from graft.adapters.peft_dialect import Dialect, written_patterns
+from graft.adapters.peft_fields import Field, flag, names, number, pattern, plain, shown, tokens, whole
+from graft.adapters.peft_lora import ADALORA, lora_dialect
 from graft.config import did_you_mean, from_dict, to_dict
 from graft.errors import AdapterError
 
@@ -20,118 +22,6 @@ OWN_TYPE = "GRAFT"
 
 PLACEMENT = ("target_modules", "exclude_modules", "layers", "modules_to_save")
 """Fields of every method's settings, which `peft_config` reads and writes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dialect:
-    """One method's part of an adapter_config.json."""
-
-    method: str
-    """Key of METHODS."""
-    peft_type: str
-    read: Callable[[Field], dict[str, Any]]
-    """Our settings but for the placement, from theirs."""
-    write: Callable[[Any, Mapping[str, Any], list[str]], dict[str, Any]]
-    """Theirs from our settings, those of each target by its path, and the target_modules to be written."""
-    leaf: str
-    """What the last part of every key of a tensor starts with."""
-    honoured: frozenset[str]
-    """Their options that act."""
-    refused: Mapping[str, Any]
-    """Their options that would change the function, with the value that leaves it as it is."""
-    idle: frozenset[str] = frozenset()
-    """Their options that say how the file came about, or that follow from the model."""
-    names: Mapping[str, str] = field(default_factory=dict)
-    """Theirs by ours, for errors."""
-    lacks: frozenset[str] = frozenset()
-    """Options of placement that their settings do not have."""
-    claims: Callable[[Mapping[str, Any]], bool] = lambda raw: True
-    """Whether a file of this peft_type is of this method."""
-
-
-_LORA_REFUSED: dict[str, Any] = {
-    "bias": "none",
-    "lora_bias": False,
-    "trainable_token_indices": None,
-    "layer_replication": None,
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "use_qalora": False,
-    "use_bdlora": None,
-    "velora_config": None,
-    "kasa_config": None,
-    "monteclora_config": None,
-    "megatron_config": None,
-    "loftq_config": None,
-    "corda_config": None,
-    "lora_ga_config": None,
-    "ensure_weight_tying": False,
-}
-
-_INITS = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of init_lora_weights that leave the base weights as they are."""
-
-
-def _read_lora(file: Field) -> dict[str, Any]:
-    init = file.raw.get("init_lora_weights", True)
-    if init is not None and init not in _INITS:
-        raise AdapterError(
-            f"init_lora_weights = {shown(init)} is not supported: it changes the base weights",
-            where=f"{file.path}: init_lora_weights",
-            fix="save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA",
-        )
-    return {
-        "rank": file.read("r", whole, 8),
-        "alpha": file.read("lora_alpha", number, 8.0),
-        "dropout": file.read("lora_dropout", number, 0.0),
-        "init": "gaussian" if init == "gaussian" else "kaiming",
-        "use_rslora": file.read("use_rslora", flag, False),
-        "rank_pattern": file.read("rank_pattern", pattern(whole), ()),
-        "alpha_pattern": file.read("alpha_pattern", pattern(number), ()),
-    }
-
-
-def _write_lora(config: Any, layers: Mapping[str, Any], targets: list[str]) -> dict[str, Any]:
-    return {
-        "r": config.rank,
-        "lora_alpha": plain(config.alpha),
-        "lora_dropout": config.dropout,
-        **_written_patterns(config, layers),
-        "use_rslora": config.use_rslora,
-        "init_lora_weights": True if config.init == "kaiming" else config.init,
-        "bias": "none",
-        "use_dora": config.method == "dora",
-        "lora_bias": False,
-    }
-
-
-def _written_patterns(config: Any, layers: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "rank_pattern": {path: one.rank for path, one in layers.items() if one.rank != config.rank},
-        "alpha_pattern": {
-            path: plain(one.alpha) for path, one in layers.items() if one.alpha != config.alpha
-        },
-    }
-
-
-def _lora(method: str, claims: Callable[[Mapping[str, Any]], bool], **refused: Any) -> Dialect:
-    return Dialect(
-        method=method,
-        peft_type="LORA",
-        read=_read_lora,
-        write=_write_lora,
-        leaf="lora_",
-        honoured=frozenset({
-            "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
-            "init_lora_weights", "use_dora", "target_parameters",
-        }),
-        refused={**_LORA_REFUSED, **refused},
-        idle=frozenset({
-            "fan_in_fan_out", "megatron_core", "qalora_group_size", "eva_config", "runtime_config",
-        }),
-        names={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
-        claims=claims,
-    )  # fmt: skip
 
 
 def _read_vera(file: Field) -> dict[str, Any]:
@@ -208,7 +98,7 @@ def _read_loha(file: Field) -> dict[str, Any]:
 
 def _write_loha(config: Any, layers: Mapping[str, Any], targets: list[str]) -> dict[str, Any]:
     ours = {"r": config.rank, "alpha": plain(config.alpha), "init_weights": True}
-    return {**ours, **_written_patterns(config, layers)}
+    return {**ours, **written_patterns(config, layers)}
 
 
 _LOHA = Dialect(
@@ -284,15 +174,42 @@ _OFT = Dialect(
 )
 
 
+def _read_tokens(file: Field) -> dict[str, Any]:
+    return {"token_indices": file.read("token_indices", tokens, ())}
+
+
+def _write_tokens(config: Any, layers: Mapping[str, Any], targets: list[str]) -> dict[str, Any]:
+    return {"token_indices": list(config.token_indices), "init_weights": True}
+
+
+_TOKENS = Dialect(
+    method="trainable_tokens",
+    peft_type="TRAINABLE_TOKENS",
+    read=_read_tokens,
+    write=_write_tokens,
+    leaf="trainable_tokens_delta",
+    honoured=frozenset({"token_indices"}),
+    refused={},
+    idle=frozenset({"init_weights", "fan_in_fan_out"}),
+    names={},
+    lacks=frozenset({
+        "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "fan_in_fan_out",
+    }),
+)  # fmt: skip
+
+
 DIALECTS: tuple[Dialect, ...] = (
-    _lora("lora", lambda raw: not raw.get("use_dora")),
-    _lora("dora", lambda raw: bool(raw.get("use_dora")), target_parameters=None),
-    _lora("lora_fa", lambda raw: False, use_dora=False, target_parameters=None),
+    lora_dialect("lora", lambda raw: not raw.get("use_dora")),
+    lora_dialect("dora", lambda raw: bool(raw.get("use_dora")), target_parameters=None),
+    lora_dialect("lora_fa", lambda raw: False, use_dora=False, target_parameters=None),
+    lora_dialect("qa_lora", lambda raw: False, use_dora=False, target_parameters=None),
     _VERA,
     _IA3,
     _LOHA,
     _LOKR,
     _OFT,
+    ADALORA,
+    _TOKENS,
 )
 """Of the methods that PEFT has too. Of several that fit a file, the first one or what graft.json says."""
 

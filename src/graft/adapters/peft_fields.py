@@ -112,6 +112,46 @@ def pattern(kind: Callable[[Any], float]) -> Callable[[Any], tuple[str, ...]]:
     return read
 
 
+def tokens(value: Any) -> tuple[int, ...]:
+    """Numbers of tokens, plain or under the name of the one embedding that they are of.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if isinstance(value, dict):
+        if len(value) != 1:
+            raise TypeError("a list of tokens of one embedding")
+        value = next(iter(value.values()))
+    if not isinstance(value, list):
+        raise TypeError("a list of tokens")
+    return tuple(whole(item) for item in value)
+
+
+def one_of(*words: str) -> Callable[[Any], str]:
+    """One of some words."""
+
+    def read(value: Any) -> str:
+        if value not in words:
+            raise TypeError(f"one of {', '.join(words)}")
+        return str(value)
+
+    return read
+
+
+def chosen_ranks(value: Any) -> tuple[str, ...]:
+    """AdaLoRA's lists of which ranks are left, by the name of a layer's lora_E, as "path=rank" items.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    fits = isinstance(value, dict) and all(
+        isinstance(left, list) and all(isinstance(one, bool) for one in left) for left in value.values()
+    )
+    if not fits:
+        raise TypeError("a mapping of names to lists of true and false")
+    return tuple(f"{name.removesuffix('.lora_E')}={sum(left)}" for name, left in value.items())
+
+
 def shown(value: Any) -> str:
     """A value as JSON, cut to 80 characters."""
     text = json.dumps(value, ensure_ascii=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +21,11 @@ from graft.adapters.attached import (
     set_active,
     trained_tensors,
 )
-from graft.adapters.effect import idle_layers
+from graft.adapters.base import method_of
+from graft.adapters.effect import adapted_layers, idle_layers
 from graft.adapters.foreign_files import is_foreign
 from graft.adapters.peft_config import directory_of, method_written, write_settings
-from graft.adapters.peft_open import CONFIG, check_task, describe, open_adapter
+from graft.adapters.peft_open import CONFIG, check_task, describe, open_adapter, restored
 from graft.adapters.peft_tensors import WEIGHTS, check_base_copy, check_finite, full_name, read_tensors
 from graft.adapters.side_file import (
     FILE,
@@ -67,20 +69,21 @@ def save_adapter(
     directory = directory_of(directory, "directory")
     known = adapter(model, name)
     _refuse_weighted(model, name)
+    written, own = _stored(model, known)
     tensors = {
         full_name(key): tensor.detach().float().cpu().contiguous()
-        for key, tensor in {**adapter_tensors(model, name), **_shared(known)}.items()
+        for key, tensor in {**own, **_shared(known)}.items()
     }
     for key, tensor in tensors.items():
         check_finite(tensor, key, f"adapter {name!r}")
-    settings = write_settings(model, known)
+    settings = write_settings(model, written)
     side = SideFile(
         base_fingerprint(model),
         tensors_digest(tensors.items()),
         settings_digest(settings),
         known.forced_base,
         dict(known.facts if facts is None else facts),
-        "" if method_written(settings) == known.config.method else known.config.method,
+        "" if method_written(settings) == written.config.method else written.config.method,
     )
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     with new_directory(directory, replace=True, needed_bytes=size) as partial:
@@ -88,6 +91,22 @@ def save_adapter(
         if is_classifier(model):
             write_classes(model, partial)
     return directory
+
+
+def _stored(model: nn.Module, known: Adapter) -> tuple[Adapter, Mapping[str, Tensor]]:
+    """An adapter and its tensors as files hold them (`AdapterMethod.stored`)."""
+    tensors: dict[str, Tensor] = dict(adapter_tensors(model, known.name))
+    store = getattr(method_of(known.config), "stored", None)
+    if store is None:
+        return known, tensors
+    config, of_layers = store(adapted_layers(model, known.name), known.config)
+    saved = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if any(key.startswith(f"{path}.") for path in known.saved_modules)
+    }
+    own = {f"{path}.{leaf}": tensor for path, parts in of_layers.items() for leaf, tensor in parts.items()}
+    return dataclasses.replace(known, config=config, targets=tuple(of_layers)), {**own, **saved}
 
 
 def _refuse_weighted(model: nn.Module, name: str) -> None:
@@ -166,6 +185,7 @@ def load_adapter(
     values = read_tensors(opened.stored, side, directory / WEIGHTS)
     for key in opened.copies:
         check_base_copy(model, key, values.pop(key), directory / WEIGHTS)
+    values = restored(model, settings, values, directory / WEIGHTS)
     before = active_weights(model)
     made = install(model, settings.config, settings.selection, name, seed=None, strict=False)
     with torch.no_grad():
@@ -198,7 +218,7 @@ def check_effect(model: nn.Module, made: Adapter, before: Mapping[str, float], f
     Raises:
         AdapterError: It changes nothing; it is taken out again.
     """
-    idle, places = idle_layers(model, made.name), (*made.targets, *made.saved_modules)
+    idle, places = idle_layers(model, made.name), made.places
     if len(idle) == len(places):
         detach(model, made.name)
         set_active(model, list(before), list(before.values()))

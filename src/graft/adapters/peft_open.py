@@ -7,15 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from graft.adapters.adapted import unwrapped
 from graft.adapters.base import method_of
 from graft.adapters.peft_config import SEQUENCE_CLASSIFICATION, PeftSettings, read_settings
 from graft.adapters.peft_stacks import current_names, split_stacks
-from graft.adapters.peft_tensors import WEIGHTS, match, open_weights
+from graft.adapters.peft_tensors import WEIGHTS, full_name, match, open_weights
 from graft.adapters.side_file import FILE, SideFile, read_side_file, settings_digest
-from graft.adapters.targets import Selection, refuse_quantized, select_targets
+from graft.adapters.targets import (
+    Selection,
+    refuse_quantized,
+    select_biases,
+    select_rows,
+    select_targets,
+    tied_pair,
+)
 from graft.errors import AdapterError, ConfigError, TargetError
 from graft.models.classifier import is_classifier
 from graft.models.layers import BaseLayer
@@ -28,6 +36,8 @@ _NO_TARGETS: dict[str, Any] = {
     "layers": None,
     "rank_pattern": (),
     "alpha_pattern": (),
+    "lora_bias": False,
+    "trainable_token_indices": (),
 }
 """What is left of the fields that only act on targets where a file has none."""
 
@@ -105,6 +115,7 @@ def open_adapter(model: nn.Module, told: Description) -> Opened:
     settings, stored = split_stacks(
         model, told.settings, stored, raw.get("peft_version"), directory / WEIGHTS
     )
+    stored = _without_tied_copy(model, settings, stored)
     try:
         settings = _resolved(model, settings, stored)
         targets = select_targets(model, settings.selection, strict=False)
@@ -113,6 +124,51 @@ def open_adapter(model: nn.Module, told: Description) -> Opened:
         raise AdapterError(error.what, where=f"{directory / CONFIG}: {error.where}", fix=error.fix) from error
     copies = match(model, expected, stored, directory / WEIGHTS)
     return Opened(settings, targets, stored, copies)
+
+
+def restored(
+    model: nn.Module, settings: PeftSettings, values: dict[str, Tensor], file: Path
+) -> dict[str, Tensor]:
+    """The tensors of a file as the layers hold them (`AdapterMethod.restored`).
+
+    Args:
+        model: The base.
+        settings: Of the adapter that was opened.
+        values: By their keys.
+        file: For the message.
+
+    Raises:
+        AdapterError: The method cannot take them.
+    """
+    restore = getattr(method_of(settings.config), "restored", None)
+    if restore is None:
+        return values
+    made = dict(values)
+    for path, base in select_targets(model, settings.selection, strict=False).items():
+        for key in [key for key in values if key.startswith(f"{path}.")]:
+            leaf, where = key.removeprefix(f"{path}."), f"{file}, tensor {full_name(key)!r}"
+            made[key] = restore(base, settings.config.at(path), leaf, values[key], where)
+    return made
+
+
+def _without_tied_copy(
+    model: nn.Module, settings: PeftSettings, stored: dict[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """The tensors of a file but for rows that PEFT writes a second time, under a tied output head.
+
+    Raises:
+        AdapterError: They are other rows than the embedding's.
+    """
+    own, again = (f"{path}.{settings.leaf}" for path in tied_pair(model) or ("", ""))
+    if settings.config.method != "trainable_tokens" or own not in stored or again not in stored:
+        return stored
+    if not torch.equal(stored[own].load(), stored[again].load()):
+        raise AdapterError(
+            "embedding and output head share one weight, and their rows differ",
+            where=stored[again].where,
+            fix="load the base that it was made for",
+        )
+    return {key: tensor for key, tensor in stored.items() if key != again}
 
 
 def _resolved(model: nn.Module, settings: PeftSettings, stored: dict[str, StoredTensor]) -> PeftSettings:
@@ -160,13 +216,17 @@ def _expected_shapes(
     model: nn.Module, settings: PeftSettings, targets: dict[str, BaseLayer], raw: dict[str, Any]
 ) -> dict[str, tuple[int, ...]]:
     method: Any = method_of(settings.config)
+    shapes_of = getattr(method, "stored_shapes", method.tensor_shapes)
     expected: dict[str, tuple[int, ...]] = {}
-    for path, base in targets.items():
-        for leaf, shape in method.tensor_shapes(base, settings.config.at(path)).items():
+    for path, base in {**targets, **select_rows(model, settings.config)}.items():
+        for leaf, shape in shapes_of(base, settings.config.at(path)).items():
             expected[f"{path}.{leaf}"] = shape
     for path in settings.selection.modules_to_save:
         for leaf, tensor in unwrapped(model.get_submodule(path)).named_parameters():
             expected[f"{path}.{leaf}"] = tuple(tensor.shape)
+    for path in select_biases(model, settings.config, targets, settings.selection.modules_to_save):
+        bias: Any = unwrapped(model.get_submodule(path)).bias
+        expected[f"{path}.bias"] = tuple(bias.shape)
     if targets and hasattr(method, "shared_shapes") and raw.get("save_projection", True):
         shapes = method.shared_shapes(list(targets.values()), settings.config)
         expected |= {f".{name}": shape for name, shape in shapes.items()}

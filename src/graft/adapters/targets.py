@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import nn
 
 from graft.adapters.adapted import AdaptedLayer, SavedModule, unwrapped
 from graft.adapters.patterns import Selector
+from graft.adapters.trainable_tokens import INPUT_EMBEDDING
 from graft.config import closest
-from graft.errors import TargetError
+from graft.errors import AdapterError, TargetError
 from graft.models.experts import stacked_experts
 from graft.models.layers import BaseLayer
 
@@ -75,6 +76,43 @@ def tied_pair(model: nn.Module) -> tuple[str, str] | None:
     return (found[0], found[1]) if found[0] is not None and found[1] is not None else None
 
 
+def input_embedding(model: nn.Module) -> dict[str, BaseLayer]:
+    """The layer that looks up the input tokens, by its path; none where the model does not tell."""
+    ask = getattr(model, "get_input_embeddings", None)
+    inputs = ask() if callable(ask) else None
+    wanted = unwrapped(inputs) if isinstance(inputs, nn.Module) else None
+    return {
+        path: base for path, base in _walk(model, "") if base.module is wanted and base.kind == "embedding"
+    }
+
+
+def select_rows(model: nn.Module, config: Any) -> dict[str, BaseLayer]:
+    """The embedding of which some rows train beside LoRA (`trainable_token_indices`), by its path.
+
+    Args:
+        model: A model, with or without adapters.
+        config: The adapter's settings; only LoRA's have the field.
+
+    Raises:
+        TargetError: The model has no such layer.
+    """
+    if not getattr(config, "trainable_token_indices", ()):
+        return {}
+    found = input_embedding(model)
+    if not found:
+        raise TargetError(
+            f"{_label(model)} does not tell its input embedding",
+            where="adapter.trainable_token_indices",
+            fix="train its embedding in full: adapter.modules_to_save",
+        )
+    return found
+
+
+def in_order(model: nn.Module, chosen: Mapping[str, BaseLayer]) -> dict[str, BaseLayer]:
+    """Layers by path in the order of the model."""
+    return {path: base for path, base in base_layers(model).items() if path in chosen}
+
+
 def select_targets(model: nn.Module, selection: Selection, *, strict: bool = True) -> dict[str, BaseLayer]:
     """The layers that a setting selects.
 
@@ -114,6 +152,11 @@ def _by_name(
     model: nn.Module, layers: dict[str, BaseLayer], selection: Selection, strict: bool
 ) -> dict[str, BaseLayer]:
     setting = selection.target_modules
+    if setting == INPUT_EMBEDDING:
+        found = input_embedding(model)
+        if not found:
+            _refuse(model, layers, "target_modules", [INPUT_EMBEDDING])
+        return found
     if setting == ALL_LINEAR:
         head = output_head(model)
         found = {
@@ -192,6 +235,37 @@ def select_saved(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Modul
         )
     for path, module in found.items():
         refuse_quantized(path, module)
+    return found
+
+
+def select_biases(
+    model: nn.Module, config: Any, targets: Collection[str], saved: Collection[str]
+) -> list[str]:
+    """The modules beside an adapter's targets whose bias trains (`bias: all`), by path.
+
+    Args:
+        model: A model, with or without adapters.
+        config: The adapter's settings; only LoRA's have the field.
+        targets: Paths of its targets, whose layers train their biases themselves.
+        saved: Paths of what it trains in full.
+
+    Raises:
+        AdapterError: A module with a bias carries another adapter, or holds a target.
+    """
+    if getattr(config, "bias", "none") != "all":
+        return []
+    found = []
+    for path, module in _modules(model, ""):
+        inside = any(f"{path}.".startswith(f"{outer}.") for outer in saved)
+        if path in targets or inside or unwrapped(module)._parameters.get("bias") is None:
+            continue
+        if isinstance(module, AdaptedLayer) or any(inner.startswith(f"{path}.") for inner in targets):
+            raise AdapterError(
+                f"the bias of {path} cannot train alone: it carries another adapter, or holds a target",
+                where=path,
+                fix="detach the other adapter, or take bias lora_only",
+            )
+        found.append(path)
     return found
 
 

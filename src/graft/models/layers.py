@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from graft.kernels.wide import is_wide, wide_linear
 from graft.models.packed_layers import decoded, is_packed, packed_sizes
 from graft.quant.linear import QuantizedLinear
+from graft.quant.tensor import shifted
 
 Kind = Literal["linear", "conv1d", "embedding"]
 
@@ -83,6 +84,28 @@ class BaseLayer:
     def output_scale(self) -> float:
         """What the layer multiplies its output by: Gemma 3 scales its embedding, everything else has 1."""
         return float(getattr(self.module, "scalar_embed_scale", 1.0))
+
+    @property
+    def affine_block(self) -> int | None:
+        """Inputs in a block with a shift of its own, where rows are whole blocks; None for other weights."""
+        config = self.module.config if isinstance(self.module, QuantizedLinear) else None
+        whole = config is not None and config.affine and self.in_features % config.blocksize == 0
+        return config.blocksize if config is not None and whole else None
+
+    def shifted(self, added: Tensor) -> nn.Module:
+        """A quantized layer that does the same with a number added to all weights of each block.
+
+        Args:
+            added: (out_features, blocks in a row), float32.
+
+        Returns:
+            A new layer with the same codes; its scales and shifts are in float32.
+        """
+        assert isinstance(self.module, QuantizedLinear), "only quantized weights have blocks"
+        assert self.affine_block is not None, "only affine blocks have a shift"
+        weight = shifted(self.module.quantized_weight, added.reshape(-1))
+        made = QuantizedLinear.from_quantized(weight, self.module.bias, self.module.compute_dtype)
+        return made.train(self.module.training)
 
     def dense_weight(self, dtype: torch.dtype | None = torch.float32) -> Tensor:
         """The weight as `(out_features, in_features)`, without gradient.

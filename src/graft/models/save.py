@@ -16,6 +16,7 @@ from torch import Tensor
 from graft.config import closest
 from graft.errors import ModelError
 from graft.files import new_directory, write_json
+from graft.models import graft_files
 from graft.models.expert_files import ExpertNames
 from graft.models.experts import split_experts
 from graft.models.fingerprint import Fingerprint, WeightsDigest, chat_template_digest, tokenizer_digest
@@ -171,12 +172,15 @@ def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def checkpoint_tensors(model: Any, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+def checkpoint_tensors(
+    model: Any, dtype: torch.dtype | None = None, *, packed: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a model under their checkpoint names, quantized ones decoded, tied ones once.
 
     Args:
         model: A transformers model without adapters.
         dtype: Of the floating tensors; by default the model's own.
+        packed: Whether quantized ones are given as they are stored, in graft's own layout.
 
     Yields:
         (name, tensor), in the order of the model.
@@ -190,7 +194,7 @@ def checkpoint_tensors(model: Any, dtype: torch.dtype | None = None) -> Iterator
     names = ExpertNames(expected)
     split_experts(expected)
     _check_names(model, expected)
-    for name, tensor in _own_tensors(model, expected, dtype or model.dtype):
+    for name, tensor in _own_tensors(model, expected, dtype or model.dtype, packed=packed):
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
         if name in names:
@@ -205,7 +209,7 @@ def empty_twin(model: Any) -> Any:
         return type(model)(copy.deepcopy(model.config))
 
 
-def _own_tensors(model: Any, twin: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _own_tensors(model: Any, twin: Any, dtype: torch.dtype, *, packed: bool) -> Iterator[tuple[str, Tensor]]:
     from transformers.pytorch_utils import Conv1D
 
     seen: set[int] = set()
@@ -213,8 +217,14 @@ def _own_tensors(model: Any, twin: Any, dtype: torch.dtype) -> Iterator[tuple[st
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         if isinstance(module, QuantizedLinear):
-            weight = module.dense_weight(dtype)
-            yield f"{prefix}weight", weight.t() if isinstance(twin.get_submodule(path), Conv1D) else weight
+            if packed:
+                yield from graft_files.tensors_of(f"{prefix}weight", module.quantized_weight)
+            else:
+                weight = module.dense_weight(dtype)
+                yield (
+                    f"{prefix}weight",
+                    weight.t() if isinstance(twin.get_submodule(path), Conv1D) else weight,
+                )
             if module.bias is not None:
                 yield f"{prefix}bias", module.bias.detach()
             continue

@@ -198,6 +198,33 @@ def quantize(weight: Tensor, config: QuantizationConfig, *, where: str = "") -> 
     return QuantizedTensor(**parts, shape=shape, dtype=weight.dtype, config=config)  # type: ignore[arg-type]
 
 
+def plain_constants(tensor: QuantizedTensor) -> QuantizedTensor:
+    """The same values with scales and shifts in float32, without double quantization."""
+    if not tensor.config.double_quant:
+        return tensor
+    decoded: dict[str, Tensor | None] = {}
+    for name, parts in (("absmax", tensor.scales()), ("shift", tensor.shifts())):
+        decoded[name] = kernels.call("decode_absmax", *parts) if parts else None
+        decoded |= {f"{name}_scale": None, f"{name}_offset": None}
+    config = replace(tensor.config, double_quant=False)
+    return replace(tensor, **decoded, config=config)  # type: ignore[arg-type]
+
+
+def shifted(tensor: QuantizedTensor, added: Tensor) -> QuantizedTensor:
+    """A tensor to all of whose weights of each block a number is added: its codes and scales stay.
+
+    Args:
+        tensor: Of an affine format.
+        added: float32 (B,), for each block.
+
+    Returns:
+        The tensor with its constants in float32.
+    """
+    plain = plain_constants(tensor)
+    assert plain.shift is not None, "only affine formats have a shift"
+    return replace(plain, shift=plain.shift + added.to(plain.shift))
+
+
 def constants(values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
     """Scales or shifts as kernels take them: their values, or in double quantization their parts."""
     if scale is None or offset is None:

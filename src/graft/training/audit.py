@@ -25,6 +25,7 @@ from graft.training.audit_findings import (
     Finding,
     Subject,
     Waiting,
+    all_may_wait,
     findings,
     gradient_cause,
     movement_cause,
@@ -182,7 +183,8 @@ class Audit:
         waiting = self._waiting.excused(starved + zero, alive)
         notes = []
         if waiting:
-            notes.append(f"{len(waiting)} tensors of experts or routers had no token to learn from so far")
+            who = "of experts or routers without a token, of layers without a rank or of rows not seen"
+            notes.append(f"{len(waiting)} tensors {who} wait for a gradient")
         early = [] if len(self._steps) >= NUM_STEPS else zero
         if early:
             notes.append(f"{len(early)} tensors get their first gradient after the first step; there was one")
@@ -244,6 +246,8 @@ class Audit:
         if found or self._acts_louder():
             return []
         if self._adapter and self._adapter.saved_modules and self._coarse():
+            return []
+        if self._adapter and all_may_wait(self.subject.model, self._adapter.name):
             return []
         cause = "the adapter is not called, or its updates do not reach the logits"
         return findings(("training does not change the output", named, cause))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graft.adapters.adapted import AdaptedLayer
 from graft.adapters.attached import Adapter, active_adapters, adapter_modules, adapter_tensors, adapters_of
 from graft.adapters.effect import adapted_layers, asked_tensors, factors
 from graft.adapters.targets import block_number
@@ -152,7 +153,7 @@ def _adapter_defects(subject: Subject) -> list[Finding]:
     if made is None:
         return []
     modules = adapter_modules(subject.model)
-    holders = [path for path in (*made.targets, *made.saved_modules) if path in modules]
+    holders = [path for path in made.places if path in modules]
     asleep = [path for path in holders if made.name not in modules[path].active]
     if made.name not in active_adapters(subject.model):
         asleep = asleep or [made.name]
@@ -194,7 +195,9 @@ def _rescaled(made: Adapter, path: str, layer: Any) -> bool:
 
 
 class Waiting:
-    """Tensors that may wait for their first gradient: experts without a token so far, and their routers.
+    """Tensors that may wait for their first gradient.
+
+    Those of experts without a token so far, and of their routers; those of layers that rest for now.
 
     Args:
         model: The model.
@@ -202,14 +205,31 @@ class Waiting:
 
     def __init__(self, model: nn.Module) -> None:
         self._experts = [path for path, module in model.named_modules() if isinstance(module, Experts)]
+        self._layers = {
+            path: module.adapters
+            for path, module in adapter_modules(model).items()
+            if isinstance(module, AdaptedLayer)
+        }
 
     def excused(self, names: Sequence[str], served: Sequence[str]) -> list[str]:
-        """Those of `names` whose layer of experts has other tensors among the `served` ones."""
+        """Those of `names` whose layer rests, or is one of experts of which others are `served`."""
         blocks = {f"{path.rpartition('.')[0]}.": f"{path}." for path in self._experts}
         alive = tuple(
             block for block, home in blocks.items() if any(name.startswith(home) for name in served)
         )
+        alive += tuple(
+            f"{path}."
+            for path, layers in self._layers.items()
+            if any(getattr(layer, "may_wait", False) for layer in layers.values())
+        )
         return [name for name in names if alive and name.startswith(alive)]
+
+
+def all_may_wait(model: nn.Module, name: str) -> bool:
+    """Whether no layer of an adapter need have an effect so far: its tokens may come later."""
+    known, layers = adapters_of(model)[name], adapted_layers(model, name).values()
+    whole = known.saved_modules or known.bias_modules
+    return not whole and all(getattr(layer, "may_wait", False) for layer in layers)
 
 
 def gradient_cause(subject: Subject, starved: Sequence[str], *, missing: bool) -> str:

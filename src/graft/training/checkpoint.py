@@ -21,6 +21,7 @@ from torch import Tensor
 
 from graft import files
 from graft.adapters.attached import active_fixed_tensors
+from graft.adapters.base import Steering
 from graft.errors import CheckpointError, StorageError
 from graft.runs import RunDirectory
 from graft.training.flat_state import Pending
@@ -247,14 +248,17 @@ def _check_log(run: RunDirectory, position: Position) -> None:
         )
 
 
-def stored_tensors(model: torch.nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a checkpoint holds: what trains, and what of the adapter was drawn once and stays.
+def stored_tensors(
+    model: torch.nn.Module, parameters: Mapping[str, Tensor], steering: Steering | None
+) -> dict[str, Tensor]:
+    """What a checkpoint holds: what trains, what of the adapter no gradient changes, what steers it.
 
     Args:
         model: That trains.
         parameters: What trains, by name.
+        steering: Of the run; None for none.
     """
-    return {**parameters, **active_fixed_tensors(model)}
+    return {**parameters, **active_fixed_tensors(model), **(steering.tensors() if steering else {})}
 
 
 def copy_into(parameters: Mapping[str, Tensor], stored: Mapping[str, Tensor], where: str) -> None:

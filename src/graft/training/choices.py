@@ -26,8 +26,9 @@ want little (5e-6 in the alignment-handbook's QLoRA recipe for DPO)."""
 METHOD_RATES = {
     "vera": (4e-3, "usual for VeRA, ten times LoRA's (arXiv:2310.11454)"),
     "ia3": (3e-3, "usual for (IA)^3 (arXiv:2205.05638)"),
+    "adalora": (2e-3, "usual for AdaLoRA, whose E starts at zero between two small factors"),
 }
-"""Learning rates of methods that train few numbers, each of which has to move far."""
+"""Learning rates of methods whose numbers have to move far; at LoRA's they hardly learn."""
 
 MAY_MOVE = ("output", "model.name", "data.train", "data.eval", "data.chat_template")
 """Fields that say where something lies; what lies there is compared by digest."""

@@ -18,9 +18,12 @@ GROUPS = ("lora_A", "lora_B", "magnitude", "embedding", "head", "saved", "rest")
 _LEAF_GROUPS = (
     ("magnitude", re.compile(r"(^|\.)(lora_magnitude_vector|magnitude)(\.|$)")),
     ("embedding", re.compile(r"(^|\.)lora_embedding_[AB](\.|$)")),
+    ("embedding", re.compile(r"(^|\.)trainable_tokens_delta$")),
     ("lora_A", re.compile(r"(^|\.)lora_A(\.|$)")),
     ("lora_B", re.compile(r"(^|\.)lora_B(\.|$)")),
 )
+_ROWS = re.compile(r"(^|\.)trainable_tokens_delta$")
+"""Rows of an embedding are one."""
 _EMBEDDING_B = re.compile(r"(^|\.)lora_embedding_B(\.|$)")
 _CLASSIFIERS = re.compile(r"(^|\.)(score|classifier|classification_head|qa_outputs)(\.|$)")
 """Heads that transformers' classification models have; those of their language models it knows by itself."""
@@ -97,7 +100,7 @@ def treatments(
     reached: set[str] = set()
     found: dict[str, Treatment] = {}
     for name, parameter in parameters.items():
-        group, is_input = groups[name], id(parameter) in inputs
+        group, is_input = groups[name], id(parameter) in inputs or bool(_ROWS.search(name))
         own = _asked(_RATES, group, config)
         rate = getattr(config, own) / peak if own else 1.0
         if not own and (group == "lora_B" or _EMBEDDING_B.search(name)):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graft.adapters.base import Steering
 from graft.data.loader import Loader
 from graft.models.recipes import Recipes
 from graft.runs import RunDirectory
@@ -40,6 +41,7 @@ class Job:
         first_step: Steps that an earlier phase of the run took.
         recipes: How the backward pass gets what it needs; see `memory.prepared`.
         scales_loss: Whether gradients are made larger on their way, for float16.
+        steering: What the adapter's method does between steps; the loop makes it, which knows their number.
     """
 
     model: nn.Module
@@ -58,6 +60,7 @@ class Job:
     first_step: int = 0
     recipes: Recipes = field(default_factory=Recipes)
     scales_loss: bool = False
+    steering: Steering | None = None
 
 
 def num_steps(loader: Loader, config: TrainingConfig) -> int:

@@ -11,7 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from graft.adapters.steering import steering_of
 from graft.data.loader import Batch
 from graft.errors import StopRequested, StorageError, TrainingError
 from graft.evaluate.loss import evaluate_loss, token_losses
@@ -55,6 +57,7 @@ class Training:
         self.position = checkpoint.position if checkpoint else Position()
         steps = num_steps(job.loader, job.config)
         self.num_steps = job.first_step + steps
+        self.steering = job.steering = steering_of(job.model, self.num_steps, settled=job.first_step > 0)
         self.schedule = Schedule.of(job.config, job.learning_rate, steps)
         self.device = next(iter(job.parameters.values())).device
         self.figures = figures_of(job, treated, self.num_steps)
@@ -69,7 +72,7 @@ class Training:
         self.audit = Audit(self._subject(fresh=checkpoint is None and not job.save_start), job.config.audit)
         self._experts = [path for path, module in job.model.named_modules() if isinstance(module, Experts)]
         if checkpoint:
-            copy_into(stored_tensors(job.model, job.parameters), checkpoint.trained, str(checkpoint.path))
+            copy_into(self._stored(), checkpoint.trained, str(checkpoint.path))
             self.optimizer.load_state(checkpoint.optimizer)
             restore_random_state(checkpoint.random)
         else:
@@ -150,6 +153,8 @@ class Training:
             if position.step == 0 and not self.audit.on:
                 check_gradients(self.job.parameters, self._experts)
             self.audit.before_update(learning_rate)
+            if self.steering is not None:
+                self.steering.before_update(position.step + 1)
             self.optimizer.step(learning_rate, norm)
         else:
             self.optimizer.clear()
@@ -172,6 +177,8 @@ class Training:
         }
         if self.job.objective is not None:
             record |= self.job.objective.figures()
+        if self.steering is not None:
+            record |= self.steering.figures()
         if self.job.scales_loss:
             record["loss_scale"] = position.scale.factor
         threshold, places = self.job.config.loss_spike_threshold, self.job.loader.places
@@ -196,7 +203,14 @@ class Training:
         loss = self.splitter.run(self.position.step, batches, lambda parts: self._passes(parts, num_labelled))
         if self.job.scales_loss:
             self.position.scale.divide_out(p.grad for p in self.job.parameters.values())
+        if self.steering is not None and math.isfinite(loss):
+            added = self.steering.regularization()
+            if added is not None:
+                added.backward()  # once for the step, however many passes it has
         return loss
+
+    def _stored(self) -> dict[str, Tensor]:
+        return stored_tensors(self.job.model, self.job.parameters, self.steering)
 
     def _passes(self, batches: Iterator[Batch], num_labelled: int) -> float:
         objective, total = self.job.objective, 0.0
@@ -239,6 +253,8 @@ class Training:
         position, config = self.position, self.job.config
         self._check_place()
         self.audit.after_step(position.step)
+        if self.steering is not None:  # after the audit, which sees what the optimizer did
+            self.steering.after_step(position.step)
         self.figures.spectra.after_step(position.step)
         if position.num_skipped_in_row >= config.max_nonfinite_steps:
             raise TrainingError(
@@ -320,7 +336,7 @@ class Training:
             save_checkpoint(
                 self.job.run,
                 self.position,
-                stored_tensors(self.job.model, self.job.parameters),
+                self._stored(),
                 self.optimizer.pending_state(),
                 self.job.config.keep_checkpoints,
                 self.job.settings,

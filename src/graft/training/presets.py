@@ -92,7 +92,7 @@ PRESETS: dict[str, tuple[Choice, ...]] = {
 }
 """The presets by name."""
 
-_LIKE_LORA = ("lora", "dora", "lora_fa")
+_LIKE_LORA = ("lora", "dora", "lora_fa", "qa_lora")
 """Methods for which LoRA's rank, alpha, dropout and targets are good; others keep their own defaults."""
 
 _UNLESS = {

@@ -180,7 +180,7 @@ def begin_recovery(job: Job, position: Position, quantized: float | None) -> Che
         )
     finally:
         log.close()
-    values = stored_tensors(job.model, job.parameters)
+    values = stored_tensors(job.model, job.parameters, None)  # what steered the first phase has done its work
     path = save_checkpoint(job.run, begun, values, {}, job.config.keep_checkpoints, job.settings)
     shown = "not measured: no evaluation data" if dense is None else f"{quantized:.4f} -> {dense:.4f}"
     job.monitor.say(f"recovery begins; evaluation loss on the quantized base -> on the dense one: {shown}")

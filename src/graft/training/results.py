@@ -52,7 +52,9 @@ def use_best(job: Job, position: Position, config: TrainingConfig) -> str:
     if result_step(position, config) == position.step:
         return f"result: the weights after step {position.step}"
     checkpoint = load_checkpoint(job.run.checkpoint_path(best.step))
-    copy_into(stored_tensors(job.model, job.parameters), checkpoint.trained, str(checkpoint.path))
+    copy_into(
+        stored_tensors(job.model, job.parameters, job.steering), checkpoint.trained, str(checkpoint.path)
+    )
     return f"result: the weights after step {best.step}, with the lowest evaluation loss ({best.loss:.4f})"
 
 

@@ -90,7 +90,7 @@ def test_presets_leave_a_method_the_fields_that_it_lacks(name: str) -> None:
     settings = read_assignments([f"adapter.method={name}", "preset=instruction"])
     config: Any = build(RunConfig, settings).adapter
     assert getattr(config, "rank", None) == (
-        64 if name in ("dora", "lora_fa") else getattr(config_classes()[name](), "rank", None)
+        64 if name in ("dora", "lora_fa", "qa_lora") else getattr(config_classes()[name](), "rank", None)
     )
 
 

@@ -16,7 +16,7 @@ from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.merge import merge
 from graft.adapters.vera import VeraConfig
 from graft.config import build, read_assignments
-from graft.models.load import load
+from graft.models.load import load, load_tokenizer
 from graft.training.build import resume, run_from_config, train
 from graft.training.config import RunConfig
 from graft.training.loop import Training
@@ -33,6 +33,18 @@ def config(directory: Path, rows: Path, out: Path, *more: str) -> RunConfig:
     words = [f"model.name={directory}", f"data.train={rows}", f"output={out}", "training.max_steps=3"]
     words += ["training.batch_size=2", "data.max_length=64", "training.save_steps=1", *more]
     return build(RunConfig, read_assignments(words))
+
+
+def words_of(name: str, directory: Path) -> list[str]:
+    """What a method cannot do without: for rows some tokens of the data."""
+    if name != "trainable_tokens":
+        return []
+    return [f"adapter.token_indices={tokens_of(directory)}"]
+
+
+def tokens_of(directory: Path) -> str:
+    found = sorted(set(load_tokenizer(directory)("one and more").input_ids))
+    return str(found).replace(" ", "")
 
 
 class Killed(BaseException):
@@ -65,12 +77,28 @@ def test_a_run_passes_its_audit_and_resumes_to_the_same_bits(
     name: str,
     quantized: bool,
 ) -> None:
-    more = [f"adapter.method={name}", *(["quantization.quant_type=nf4"] if quantized else [])]
-    whole = run_from_config(config(tiny_dir("llama"), rows, tmp_path / "whole", *more))
+    more = [
+        f"adapter.method={name}",
+        *words_of(name, tiny_dir("llama")),
+        *(["quantization.quant_type=nf4"] if quantized else []),
+    ]
+    resumes_to_the_same_bits(tiny_dir("llama"), rows, tmp_path, monkeypatch, more, quantized=quantized)
+
+
+def resumes_to_the_same_bits(
+    base: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+    *,
+    quantized: bool,
+) -> None:
+    whole = run_from_config(config(base, rows, tmp_path / "whole", *more))
     with monkeypatch.context() as patch:
         kill_before_step(2, patch)
         with pytest.raises(Killed):
-            run_from_config(config(tiny_dir("llama"), rows, tmp_path / "killed", *more))
+            run_from_config(config(base, rows, tmp_path / "killed", *more))
     assert tensors_of(resume(tmp_path / "killed").adapter) == tensors_of(whole.adapter)
     assert whole.adapter is not None
     report = merge(whole.adapter, tmp_path / "merged")
@@ -79,6 +107,43 @@ def test_a_run_passes_its_audit_and_resumes_to_the_same_bits(
     assert report.adapter_effect > 0
     if not quantized:
         assert gap < 1e-4
+
+
+EXTRAS = {
+    "tokens": ("qwen2", []),
+    "biases": ("gpt2", ["adapter.bias=all", "adapter.lora_bias=true"]),
+}
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("name", EXTRAS)
+def test_what_trains_beside_lora_does_so_in_a_run(
+    tiny_dir: Callable[..., Path],
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    quantized: bool,
+) -> None:
+    family, more = EXTRAS[name]
+    if name == "tokens":
+        more = [f"adapter.trainable_token_indices={tokens_of(tiny_dir(family))}"]
+    more = [*more, *(["quantization.quant_type=nf4"] if quantized else [])]
+    resumes_to_the_same_bits(tiny_dir(family), rows, tmp_path, monkeypatch, more, quantized=quantized)
+
+
+def test_a_run_of_qa_lora_ends_in_a_model_with_the_codes_of_its_base(
+    tiny_dir: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    words = ["adapter.method=qa_lora", "quantization.quant_type=int4", "quantization.blocksize=32"]
+    run = run_from_config(config(tiny_dir("llama"), rows, tmp_path / "run", *words, "model.dtype=float32"))
+    assert run.adapter is not None
+    report = merge(run.adapter, tmp_path / "merged")
+    assert report.folded_into == "quantized"
+    assert report.logit_gap < 1e-5 < report.adapter_effect
+    merged = load(tmp_path / "merged")
+    assert merged.quantization is not None
+    assert (merged.quantization.quant_type, merged.quantization.blocksize) == ("int4", 32)
 
 
 @pytest.mark.parametrize("name", ["lora_fa", "vera"])
@@ -124,7 +189,15 @@ def test_methods_of_vectors_have_rates_of_their_own(
     import json
 
     for name in config_classes():
-        run = run_from_config(config(tiny_dir("llama"), rows, tmp_path / name, f"adapter.method={name}"))
+        run = run_from_config(
+            config(
+                tiny_dir("llama"),
+                rows,
+                tmp_path / name,
+                f"adapter.method={name}",
+                *words_of(name, tiny_dir("llama")),
+            )
+        )
         derived = json.loads((run.directory / "run.json").read_text())["derived"]
         told = " ".join(str(value) for value in derived.values())
-        assert ("usual for adapters" in told) == (name not in ("vera", "ia3"))
+        assert ("usual for adapters" in told) == (name not in ("vera", "ia3", "adalora"))

@@ -1,0 +1,54 @@
+"""Quantized models out of memory, as they are: directories in graft's own layout, without a rounding."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+from graft.errors import ModelError
+from graft.models import graft_files
+from graft.models.experts import Experts
+from graft.models.fingerprint import Fingerprint
+from graft.models.save import checkpoint_tensors, save_tensors
+from graft.quant.config import QuantizationConfig
+from graft.quant.linear import quantized_modules
+
+
+def save_quantized(
+    model: Any, tokenizer: Any, directory: str | os.PathLike[str], config: QuantizationConfig
+) -> Fingerprint:
+    """Write a model with quantized linears as a directory that `graft.load` reads without quantizing again.
+
+    Args:
+        model: A transformers model without adapters, all of whose quantized linears are stored alike.
+        tokenizer: Written beside it; None for none.
+        directory: A new directory; it appears whole or not at all.
+        config: How they are stored; its skip_modules are written as they are.
+
+    Returns:
+        The fingerprint that the directory has when it is loaded.
+
+    Raises:
+        ModelError: The model is a mixture of experts, carries adapters, or has no quantized linear.
+        StorageError: The directory exists, or cannot be written.
+
+    Cost: the memory of one tensor besides the model.
+    """
+    if not quantized_modules(model):
+        raise ModelError("the model has no quantized linear", fix="graft.models.save.save_model writes it")
+    if any(isinstance(module, Experts) for module in model.modules()):
+        raise ModelError(
+            "a quantized mixture of experts cannot be written from memory",
+            fix="write it dense: --from-quantized, or from_quantized=True",
+        )
+    described = copy.deepcopy(model.config)
+    described.quantization_config = graft_files.config_of(config)
+    return save_tensors(
+        checkpoint_tensors(model, packed=True),
+        directory,
+        described,
+        tokenizer,
+        architecture=type(model).__name__,
+        generation_config=getattr(model, "generation_config", None),
+    )
