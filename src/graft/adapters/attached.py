@@ -43,6 +43,11 @@ class Adapter:
     shared: nn.Module | None = None
     """Holds the tensors that its layers share (`AdapterMethod.build_shared`); they do not train."""
 
+    @property
+    def makes_up(self) -> bool:
+        """Whether it makes up for the rounding of its quantized base, so that it is wrong on any other."""
+        return getattr(self.config, "init", "") == "loftq"
+
 
 @dataclass(eq=False)
 class Attachments:
@@ -136,7 +141,7 @@ def trained_tensors(model: nn.Module, name: str = "default") -> dict[str, nn.Par
 
 
 def fixed_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """Those of an adapter's tensors that never train, those that its layers share among them.
+    """Those of an adapter's tensors that never train: also those that its layers share or start from.
 
     Args:
         model: A model that carries it.
@@ -149,7 +154,26 @@ def fixed_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
         AdapterError: The model has no such adapter.
     """
     shared = adapter(model, name).shared
-    return {**_of_kind(model, name, frozen=True), **({} if shared is None else dict(shared.named_buffers()))}
+    return {
+        **_of_kind(model, name, frozen=True),
+        **start_tensors(model, name),
+        **({} if shared is None else dict(shared.named_buffers())),
+    }
+
+
+def start_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """What an adapter's updates are measured from, as `adapter_tensors` has its tensors; empty for zero.
+
+    Args:
+        model: A model that carries it.
+        name: The adapter.
+    """
+    return {
+        f"{path}.{leaf}" if path else leaf: tensor
+        for path, module in adapter_modules(model).items()
+        if isinstance(module, AdaptedLayer) and name in module.adapters
+        for leaf, tensor in _start(module.adapters[name]).items()
+    }
 
 
 def active_fixed_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -162,6 +186,11 @@ def active_fixed_tensors(model: nn.Module) -> dict[str, Tensor]:
 def all_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """Every tensor of an adapter: `trained_tensors` and `fixed_tensors`."""
     return {**trained_tensors(model, name), **fixed_tensors(model, name)}
+
+
+def _start(layer: Any) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = layer.start() if hasattr(layer, "start") else {}
+    return found
 
 
 def _of_kind(model: nn.Module, name: str, *, frozen: bool) -> dict[str, nn.Parameter]:

@@ -63,6 +63,8 @@ class AdapterLayer(Protocol):
     - `idle(base)`: whether the layer leaves every output as it is, as far as that can be told cheaply.
     - `reference_forward(x, base_output, base)`: the same in plain differentiable operations, which the
       gradients of `forward` are checked against; without it they are checked by finite differences.
+    - `start()`: tensors by name that the update is measured from, and `begin_at(lora_A, lora_B, subtract=)`,
+      which sets them; see `LoraLinear`. Checkpoints hold them, files do not.
     - `share(shared)`: takes what `AdapterMethod.build_shared` made.
     """
 

@@ -112,7 +112,8 @@ def merge(
 
     An adapter that was trained on a quantized base is folded into the dense original by default: that is the
     better base, though not the one it was trained with. Both choices are measured against the live quantized
-    model and reported.
+    model and reported. One that makes up for rounding (init "loftq") is folded into the dequantized weights
+    only.
 
     Args:
         adapter_dir: The adapter.
@@ -150,6 +151,9 @@ def merge(
             effect = _gap(expected, probe_logits(live.model))
         gaps: dict[str, float] = {}
         if job.packed:
+            chosen = "dequantized"
+            merged, untied = _folded(job, live, chosen)
+        elif job.side is not None and job.side.makes_up:
             chosen = "dequantized"
             merged, untied = _folded(job, live, chosen)
         elif job.quantization is not None:
@@ -253,6 +257,7 @@ def _folded(job: _Job, live: BaseModel, into: str) -> tuple[BaseModel, bool]:
     decoded = make_dense(base.model)
     if into == "dequantized" and not decoded:
         decode_from(live.model, base.model)
+        base.model.graft_fingerprint = live.fingerprint  # its weights are those that the adapter knows
     name = job.with_adapter(base).name
     return base, merge_into(base.model, name)
 
@@ -275,7 +280,7 @@ def _advice(chosen: str, gaps: dict[str, float], effect: float) -> list[str]:
         return []
     if len(gaps) == 1:
         (gap,) = gaps.values()
-        told = "the base is stored quantized: the adapter was folded into its decoded weights"
+        told = "the adapter was folded into the decoded weights of its quantized base"
         if gap > effect / 2:
             told += (
                 f". Rounding them moves logits by {gap:.3g}, the adapter itself by {effect:.3g}: "

@@ -42,6 +42,7 @@ from graft.adapters.peft_tensors import (
     open_weights,
     read_tensors,
 )
+from graft.adapters.plain import plain_form
 from graft.adapters.side_file import (
     FILE,
     SideFile,
@@ -79,7 +80,9 @@ def save_adapter(
 ) -> Path:
     """Write an adapter as a directory that PEFT, vLLM and others load.
 
-    The same adapter gives the same bytes. An existing directory of that name is replaced as a whole.
+    The same adapter gives the same bytes. An existing directory of that name is replaced as a whole. Updates
+    that are measured from a start (init "pissa", "olora", "lora_ga") are written as a plain LoRA of twice the
+    rank over the original base.
 
     Args:
         model: The model that carries it.
@@ -96,13 +99,14 @@ def save_adapter(
     """
     directory = directory_of(directory, "directory")
     known = adapter(model, name)
+    plain, values = plain_form(model, known)
     tensors = {
         full_name(key): tensor.detach().float().cpu().contiguous()
-        for key, tensor in {**adapter_tensors(model, name), **_shared(known)}.items()
+        for key, tensor in {**values, **_shared(known)}.items()
     }
     for key, tensor in tensors.items():
         check_finite(tensor, key, f"adapter {name!r}")
-    settings = write_settings(model, known)
+    settings = write_settings(model, plain)
     side = SideFile(
         base_fingerprint(model),
         tensors_digest(tensors.items()),
@@ -110,6 +114,7 @@ def save_adapter(
         known.forced_base,
         dict(known.facts if facts is None else facts),
         "" if method_written(settings) == known.config.method else known.config.method,
+        known.makes_up,
     )
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     with new_directory(directory, replace=True, needed_bytes=size) as partial:
@@ -183,6 +188,8 @@ def load_adapter(
     values = read_tensors(stored, side, directory / WEIGHTS)
     for key in copies:
         check_base_copy(model, key, values.pop(key), directory / WEIGHTS)
+    if side is not None and side.makes_up:
+        settings = dataclasses.replace(settings, config=dataclasses.replace(settings.config, init="loftq"))
     before = active_adapters(model)
     made = install(model, settings.config, settings.selection, name, seed=None, strict=False)
     with torch.no_grad():
