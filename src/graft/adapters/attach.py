@@ -82,7 +82,7 @@ def attach(
     method_of(config)
     if batches is not None and getattr(config, "init", None) not in DATA:
         raise ConfigError(
-            f"batches are given, and {config.method} with init {getattr(config, 'init', None)!r} looks at none",
+            f"init {getattr(config, 'init', 'of ' + config.method)!r} looks at no batches",
             where="batches",
             fix=f"leave them out; init {' and '.join(DATA)} look at data",
         )

@@ -108,31 +108,45 @@ def input_moments(
     """
     sizes = {path: 4 * base.in_features**2 for path, base in targets.items()}
     for group in _groups(sizes):
-        found: dict[str, Moments] = {}
-        leaders: dict[str, str] = {}
-        latest: tuple[str, Tensor] | None = None
-
-        def take(path: str, x: Tensor, output: Tensor, counted: Tensor | None) -> None:
-            nonlocal latest
-            if path not in leaders:
-                shared = latest is not None and latest[1] is x
-                leaders[path] = leaders[latest[0]] if latest is not None and shared else path
-            latest = path, x
-            if leaders[path] != path:
-                return
-            base = targets[path]
-            moments = found.setdefault(path, Moments(base.in_features, base.device))
-            moments.add(_rows(x, counted))
-
+        inputs = _Inputs(targets)
         with torch.no_grad():
             for one in passes:
-                latest = None
-                with _watched(model, targets, group, take, one.counted):
+                inputs.begin(one)
+                with _watched(model, targets, group, inputs.take):
                     one.loss(model)
         for path in group:
-            base = targets[path]
-            empty = Moments(1, base.device)
-            yield path, found.get(leaders.get(path, path), empty)
+            yield path, inputs.moments(path)
+
+
+class _Inputs:
+    """Takes the inputs of layers, those of several layers that are one tensor once."""
+
+    def __init__(self, targets: Mapping[str, BaseLayer]) -> None:
+        self._targets = targets
+        self._found: dict[str, Moments] = {}
+        self._leaders: dict[str, str] = {}
+        self._counted: Tensor | None = None
+        self._latest: tuple[str, Tensor] | None = None
+
+    def begin(self, one: Pass) -> None:
+        self._counted, self._latest = one.counted, None
+
+    def take(self, path: str, x: Tensor, output: Tensor) -> None:
+        if path not in self._leaders:
+            latest = self._latest
+            shared = latest is not None and latest[1] is x
+            self._leaders[path] = self._leaders[latest[0]] if latest is not None and shared else path
+        self._latest = path, x
+        if self._leaders[path] == path:
+            base = self._targets[path]
+            if path not in self._found:
+                self._found[path] = Moments(base.in_features, base.device)
+            self._found[path].add(_rows(x, self._counted))
+
+    def moments(self, path: str) -> Moments:
+        base = self._targets[path]
+        found = self._found.get(self._leaders.get(path, path))
+        return Moments(base.in_features, base.device) if found is None else found
 
 
 def weight_gradients(
@@ -150,29 +164,34 @@ def weight_gradients(
     """
     sizes = {path: 4 * base.in_features * base.out_features for path, base in targets.items()}
     for group in _groups(sizes):
-        found = {
-            path: torch.zeros(targets[path].out_features, targets[path].in_features, device=base.device)
-            for path in group
-            for base in [targets[path]]
-        }
-
-        def take(path: str, x: Tensor, output: Tensor, counted: Tensor | None) -> None:
-            kept = x.detach().reshape(-1, x.shape[-1])
-
-            def add(gradient: Tensor) -> None:
-                flat = gradient.reshape(-1, gradient.shape[-1]).float()
-                found[path].addmm_(flat.t(), kept.float())
-
-            if not output.requires_grad:  # nothing before it learns: the graph begins here
-                output.requires_grad_()
-            output.register_hook(add)
-
+        gradients = _Gradients({path: targets[path] for path in group})
         with torch.enable_grad():
             for one in passes:
-                with _watched(model, targets, group, take, None):
+                with _watched(model, targets, group, gradients.take):
                     one.loss(model).backward()
         for path in group:
-            yield path, found.pop(path)
+            yield path, gradients.found.pop(path)
+
+
+class _Gradients:
+    """Takes gradients of outputs and multiplies them with the inputs: sums of the weights' gradients."""
+
+    def __init__(self, targets: Mapping[str, BaseLayer]) -> None:
+        self.found = {
+            path: torch.zeros(base.out_features, base.in_features, device=base.device)
+            for path, base in targets.items()
+        }
+
+    def take(self, path: str, x: Tensor, output: Tensor) -> None:
+        inputs = x.detach().reshape(-1, x.shape[-1])
+
+        def add(gradient: Tensor) -> None:
+            flat = gradient.reshape(-1, gradient.shape[-1]).float()
+            self.found[path].addmm_(flat.t(), inputs.float())
+
+        if not output.requires_grad:  # nothing before it learns: the graph begins here
+            output.requires_grad_()
+        output.register_hook(add)
 
 
 def _rows(x: Tensor, counted: Tensor | None) -> Tensor:
@@ -200,13 +219,12 @@ def _watched(
     model: nn.Module,
     targets: Mapping[str, BaseLayer],
     group: Sequence[str],
-    take: Callable[[str, Tensor, Tensor, Tensor | None], None],
-    counted: Tensor | None,
+    take: Callable[[str, Tensor, Tensor], None],
 ) -> Iterator[None]:
     """Within the block the model is its frozen base in eval mode, and each call of a layer is told."""
 
     def hook(path: str) -> Callable[..., None]:
-        return lambda module, given, output: take(path, given[0], output, counted)
+        return lambda module, given, output: take(path, given[0], output)
 
     modes = [(module, module.training) for module in model.modules()]
     learning = [p for p in model.parameters() if p.requires_grad]

@@ -150,10 +150,7 @@ def merge(
         with disabled(live.model):
             effect = _gap(expected, probe_logits(live.model))
         gaps: dict[str, float] = {}
-        if job.packed:
-            chosen = "dequantized"
-            merged, untied = _folded(job, live, chosen)
-        elif job.side is not None and job.side.makes_up:
+        if job.packed or job.side is not None and job.side.makes_up:
             chosen = "dequantized"
             merged, untied = _folded(job, live, chosen)
         elif job.quantization is not None:

@@ -180,7 +180,7 @@ def load_adapter(
     settings, stored = split_stacks(model, settings, stored, version, directory / WEIGHTS)
     forced, notes = check_base(model, side, directory, force=force_base)
     try:
-        settings = _resolved(model, settings, stored)
+        settings = _resolved(model, settings, stored, "loftq" if side is not None and side.makes_up else "")
         expected = _expected_shapes(model, settings, raw)
     except (TargetError, ConfigError) as error:
         raise AdapterError(error.what, where=f"{directory / CONFIG}: {error.where}", fix=error.fix) from error
@@ -188,8 +188,6 @@ def load_adapter(
     values = read_tensors(stored, side, directory / WEIGHTS)
     for key in copies:
         check_base_copy(model, key, values.pop(key), directory / WEIGHTS)
-    if side is not None and side.makes_up:
-        settings = dataclasses.replace(settings, config=dataclasses.replace(settings.config, init="loftq"))
     before = active_adapters(model)
     made = install(model, settings.config, settings.selection, name, seed=None, strict=False)
     with torch.no_grad():
@@ -231,8 +229,10 @@ def _free_name(model: nn.Module, directory: Path) -> str:
     return directory.resolve().name.replace(".", "-")
 
 
-def _resolved(model: nn.Module, settings: PeftSettings, stored: dict[str, StoredTensor]) -> PeftSettings:
-    """The settings with PEFT's own ways of naming modules replaced by full paths.
+def _resolved(
+    model: nn.Module, settings: PeftSettings, stored: dict[str, StoredTensor], init: str
+) -> PeftSettings:
+    """The settings with PEFT's own ways of naming modules replaced by full paths, and how it started.
 
     Raises:
         TargetError: modules_to_save fits nothing, or a quantized module.
@@ -258,7 +258,11 @@ def _resolved(model: nn.Module, settings: PeftSettings, stored: dict[str, Stored
     selection = dataclasses.replace(selection, target_modules=targets, modules_to_save=saved)
     cleared = {name: value for name, value in _NO_TARGETS.items() if hasattr(settings.config, name)}
     config = dataclasses.replace(
-        settings.config, target_modules=targets, modules_to_save=saved, **({} if targets else cleared)
+        settings.config,
+        target_modules=targets,
+        modules_to_save=saved,
+        **({} if targets else cleared),
+        **({"init": init} if init else {}),
     )
     if selection.layers_pattern:  # ours has no such field: say the same in paths
         found = tuple(select_targets(model, selection, strict=False))

@@ -88,7 +88,8 @@ def check_start(config: Any, *starts: str) -> None:
         ("init_batches", DATA, 1),
         ("eva_rho", ("eva",), 1.0),
     ):
-        value, free = getattr(config, field, None), getattr(type(config), field, None)
+        value: Any = getattr(config, field, None)
+        free = getattr(type(config), field, None)
         if value == free:
             continue
         if init not in acting:

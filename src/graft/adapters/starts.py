@@ -147,11 +147,11 @@ def stored_starts(config: Any, targets: Sequence[str], stored: Mapping[str, Tens
         return None
     layers = {}
     for path in targets:
-        pair = [stored.get(f"{path}.lora_{side}.weight") for side in "AB"]
-        first = [stored.get(f"{path}.start_{side}") for side in "AB"]
-        if pair[0] is not None and pair[1] is not None:
-            subtract = first[0] is not None and first[1] is not None
-            layers[path] = Start(*(first if subtract else pair), subtract=subtract)  # type: ignore[misc]
+        subtract = f"{path}.start_A" in stored
+        keys = ("start_A", "start_B") if subtract else ("lora_A.weight", "lora_B.weight")
+        if all(f"{path}.{key}" in stored for key in keys):
+            down, up = (stored[f"{path}.{key}"] for key in keys)
+            layers[path] = Start(down, up, subtract)
     kept = tuple(layers) if config.init == "eva" else tuple(targets)
     ranks = {path: len(start.lora_A) for path, start in layers.items()}
     return Starts(with_ranks(config, ranks) if config.init == "eva" else config, layers, kept)
@@ -259,7 +259,10 @@ def _rounding_starts(
         weight = weight.to(layer.codes.device)
         if weight.dtype not in FLOATS.values():  # as it was loaded
             weight = weight.float()
-        if not torch.equal(quantize(weight, layer.config, where=path).codes, layer.quantized_weight.codes):
+        parts, held = (
+            stored.parts() for stored in (quantize(weight, layer.config, where=path), layer.quantized_weight)
+        )
+        if not all(torch.equal(part, held[name]) for name, part in parts.items()):
             _refuse_idle(path, "other weights in its files than were quantized", "load the model again")
         lost = weight.float() - layer.dense_weight(torch.float32)
         if bool(lost.any()):  # what was rounded without loss starts as any other layer

@@ -161,7 +161,9 @@ def _adapter_defects(subject: Subject) -> list[Finding]:
     acting = {path: [bool(part.any()) for part in pair] for path, pair in pairs.items()}
     silent = [path for path, layer in layers.items() if getattr(layer, "scaling", 1.0) == 0.0]
     starts_at_zero = subject.fresh and not made.makes_up
-    eager = [path for path, both in acting.items() if all(both) and starts_at_zero and not cancels(*pairs[path])]
+    eager = [
+        path for path, both in acting.items() if all(both) and starts_at_zero and not cancels(*pairs[path])
+    ]
     return findings(
         (f"adapter {made.name!r} does not act", asleep, "set_active or a context manager left it out"),
         (
