@@ -35,6 +35,7 @@ _HOMES = {
     "generate": "graft.evaluate.generate",
     "load": "graft.models.load",
     "load_adapter": "graft.adapters.peft_format",
+    "loftq": "graft.adapters.loftq",
     "merge": "graft.adapters.merge",
     "quantize": "graft.models.quantize",
     "resume": "graft.training.build",

@@ -27,6 +27,7 @@ pytestmark = [
 IDS = torch.randint(3, 259, (4, 24), generator=torch.Generator().manual_seed(3))
 LINEARS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}
 
+
 def theirs(directory: Path, init: Any, family: str, **more: Any) -> Any:
     import peft
     from transformers import AutoModelForCausalLM

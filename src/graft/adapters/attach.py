@@ -24,8 +24,9 @@ from graft.adapters.base import AdapterConfig, kinds_of, method_of
 from graft.adapters.data_starts import Pass
 from graft.adapters.initializers import generator_for
 from graft.adapters.patterns import first_match
+from graft.adapters.rounding_starts import Start
 from graft.adapters.settings import DATA, without_start
-from graft.adapters.starts import Start, Starts, check_targets, is_made_elsewhere, make_starts
+from graft.adapters.starts import Starts, check_targets, is_made_elsewhere, make_starts
 from graft.adapters.targets import ALL_LINEAR, Selection, select_saved, select_targets, tied_pair
 from graft.config import did_you_mean
 from graft.dialects import explained

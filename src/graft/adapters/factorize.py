@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from graft.quant.tensor import QuantizedTensor
+
 OVERSAMPLING = 8
 """Directions beyond the rank that a randomized SVD looks at."""
 
@@ -139,11 +141,11 @@ def orthogonal_factors(
 
 def rounding_factors(
     weight: Tensor,
-    rounded: Callable[[Tensor], Tensor],
+    rounded: Callable[[Tensor], QuantizedTensor],
     rank: int,
     scaling: float,
     iterations: int = 1,
-) -> tuple[Tensor, Factors, list[float]]:
+) -> tuple[QuantizedTensor, Factors, list[float]]:
     """A rounded weight and factors that make up for its rounding: W is near Q + scaling * B A.
 
     In turn Q is W - scaling * B A rounded, and scaling * B A the best approximation of W - Q. With few bits
@@ -151,7 +153,7 @@ def rounding_factors(
 
     Args:
         weight: W before it was rounded.
-        rounded: Rounds a weight and decodes it again.
+        rounded: Quantizes a weight.
         rank: At most the smaller side of W.
         scaling: The adapter's factor on B A.
         iterations: Rounds. With one, Q is the plain rounding of W.
@@ -167,9 +169,10 @@ def rounding_factors(
     update, best, errors = torch.zeros_like(weight), None, list[float]()
     for _ in range(iterations):
         base = rounded(weight - update)
-        factors = principal_factors(weight - base, rank, scaling)
+        lost = weight - base.dequantize(torch.float32)
+        factors = principal_factors(lost, rank, scaling)
         update = scaling * (factors[1] @ factors[0])
-        errors.append(float((weight - base - update).norm() / weight.norm().clamp(min=1e-30)))
+        errors.append(float((lost - update).norm() / weight.norm().clamp(min=1e-30)))
         if errors[-1] == min(errors):
             best = base, factors
     assert best is not None, "at least one round"

@@ -105,12 +105,6 @@ def check_start(config: Any, *starts: str) -> None:
                 where=f"adapter.{field}",
                 fix=f"leave it out for {free!r}",
             )
-    if init == "loftq" and (config.init_iterations or 1) > 1:
-        raise ConfigError(
-            f"init_iterations {config.init_iterations!r}: after the first round the base is another one",
-            where="adapter.init_iterations",
-            fix="leave it out: one round keeps the base as it is loaded",
-        )
 
 
 def without_start(config: Any) -> Any:

@@ -14,30 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from graft.adapters.data_starts import Pass, input_moments, pass_of, weight_gradients
-from graft.adapters.factorize import gradient_factors, principal_factors
+from graft.adapters.factorize import gradient_factors
+from graft.adapters.rounding_starts import Start, loftq_starts
 from graft.adapters.settings import DATA, MAX_RANK, RANDOM
 from graft.errors import AdapterError, ConfigError, TargetError
 from graft.models.layers import BaseLayer
-from graft.models.originals import original_weights_of
-from graft.quant.layout import FLOATS
-from graft.quant.linear import QuantizedLinear
-from graft.quant.tensor import quantize
 
 SUBTRACTED = ("pissa", "olora", "lora_ga")
 """Starts that are not zero, and from which the update is measured."""
 
 WIDTHS = {"pissa": 1, "olora": 1, "loftq": 1, "lora_ga": 2}
 """How many times the rank the smaller side of a weight must have."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """First factors of one layer."""
-
-    lora_A: Tensor  # noqa: N815 - the tensor's name
-    lora_B: Tensor  # noqa: N815 - the tensor's name
-    subtract: bool
-    """Whether the update is measured from them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +101,7 @@ def make_starts(
     float32 for a layer, and one decomposition a layer; for loftq the weights are read again, one SVD each.
     """
     if config.init not in DATA:
-        layers = dict(_rounding_starts(model, config, targets))
-        return Starts(config, layers, tuple(targets))
+        return Starts(config, loftq_starts(model, config, targets), tuple(targets))
     if batches is None:
         raise ConfigError(
             f"init {config.init!r} looks at data, and there is none",
@@ -209,9 +195,13 @@ def _variance_starts(
         shares[path] = found.tolist()
         # Experts may see no token; with ranks to be shared out they get none.
         if config.eva_rho == 1 and len(rows[path]) < asked[path]:
-            _refuse_idle(path, f"{moments.count} inputs, too few for rank {asked[path]}", "give more batches")
+            _refuse_silent(
+                path, f"{moments.count} inputs, too few for rank {asked[path]}", "give more batches"
+            )
     if not any(share > 0 for found in shares.values() for share in found):
-        _refuse_idle(next(iter(targets)), "no inputs that differ, nor any other layer", "give other batches")
+        _refuse_silent(
+            next(iter(targets)), "no inputs that differ, nor any other layer", "give other batches"
+        )
     fixed = config.eva_rho == 1
     counts = asked if fixed else shared_out(shares, sum(asked.values()))
     kept = {path: rank for path, rank in counts.items() if rank}
@@ -233,7 +223,7 @@ def _gradient_starts(
     for path, gradient in weight_gradients(model, targets, passes):
         size = float(gradient.abs().max())
         if not 0 < size < float("inf"):
-            _refuse_idle(
+            _refuse_silent(
                 path,
                 "no gradient" if size == 0 else "a gradient that is not finite",
                 "give batches whose labels reach it, or take it out of the targets",
@@ -241,33 +231,5 @@ def _gradient_starts(
         yield path, Start(*gradient_factors(gradient / size, config.at(path).rank), subtract=True)
 
 
-def _rounding_starts(
-    model: nn.Module, config: Any, targets: Mapping[str, BaseLayer]
-) -> Iterator[tuple[str, Start]]:
-    packed = {path: base.module for path, base in targets.items() if base.quantized}
-    layers = {path: module for path, module in packed.items() if isinstance(module, QuantizedLinear)}
-    if not layers or len(layers) < len(packed):
-        what = next((path for path in packed if path not in layers), "")
-        raise ConfigError(
-            f"init 'loftq' makes up for rounding, and {what or 'the base'} is "
-            + ("quantized by another library" if what else "dense"),
-            where="adapter.init",
-            fix="load the dense model with quantization=, such as nf4",
-        )
-    for path, weight in original_weights_of(model, layers):
-        layer, one = layers[path], config.at(path)
-        weight = weight.to(layer.codes.device)
-        if weight.dtype not in FLOATS.values():  # as it was loaded
-            weight = weight.float()
-        parts, held = (
-            stored.parts() for stored in (quantize(weight, layer.config, where=path), layer.quantized_weight)
-        )
-        if not all(torch.equal(part, held[name]) for name, part in parts.items()):
-            _refuse_idle(path, "other weights in its files than were quantized", "load the model again")
-        lost = weight.float() - layer.dense_weight(torch.float32)
-        if bool(lost.any()):  # what was rounded without loss starts as any other layer
-            yield path, Start(*principal_factors(lost, one.rank, one.scaling), subtract=False)
-
-
-def _refuse_idle(path: str, what: str, fix: str) -> None:
+def _refuse_silent(path: str, what: str, fix: str) -> None:
     raise AdapterError(f"{path} has {what}", where=path, fix=fix)

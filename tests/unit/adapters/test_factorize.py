@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from graft.adapters.factorize import (
     rounding_factors,
 )
 from graft.quant.config import QuantizationConfig
-from graft.quant.tensor import quantize
+from graft.quant.tensor import QuantizedTensor, quantize
 
 SHAPES = ((24, 40), (40, 24))
 
@@ -123,9 +124,9 @@ def test_gradient_factors_make_the_first_step_the_best_of_twice_their_rank(shape
     assert alignment == pytest.approx(float(values[: 2 * rank].norm() / values.norm()), rel=1e-2)
 
 
-def rounding(quant_type: str, blocksize: int = 64) -> object:
-    config = QuantizationConfig(quant_type=quant_type, blocksize=blocksize)  # type: ignore[arg-type]
-    return lambda weight: quantize(weight, config).dequantize(torch.float32)
+def rounding(quant_type: str) -> Callable[[Tensor], QuantizedTensor]:
+    config = QuantizationConfig(quant_type=quant_type)  # type: ignore[arg-type]
+    return lambda weight: quantize(weight, config)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "int4"])
@@ -133,15 +134,17 @@ def rounding(quant_type: str, blocksize: int = 64) -> object:
 def test_what_rounding_lost_is_made_up_for_whatever_the_scaling(quant_type: str, scaling: float) -> None:
     weight = torch.randn(192, 128, generator=seeded())
     rounded = rounding(quant_type)
-    plain = rounded(weight)  # type: ignore[operator]
+    plain = rounded(weight).dequantize()
     before = float((weight - plain).norm() / weight.norm())
-    base, (down, up), errors = rounding_factors(weight, rounded, 16, scaling, 5)  # type: ignore[arg-type]
-    assert float((weight - base - scaling * up @ down).norm() / weight.norm()) == pytest.approx(errors[-1])
+    base, (down, up), errors = rounding_factors(weight, rounded, 16, scaling, 5)
+    assert float((weight - base.dequantize() - scaling * up @ down).norm() / weight.norm()) == pytest.approx(
+        errors[-1]
+    )
     assert [before, *errors] == sorted([before, *errors], reverse=True)
     assert errors[-1] < 0.93 * errors[0] < 0.93 * before
     # One round is the plain rounding, and the best that a rank can do on it.
-    first, (down, up), (error,) = rounding_factors(weight, rounded, 16, scaling)  # type: ignore[arg-type]
-    assert torch.equal(first, plain)
+    first, (down, up), (error,) = rounding_factors(weight, rounded, 16, scaling)
+    assert torch.equal(first.dequantize(), plain)
     assert error == errors[0]
     tail = torch.linalg.svdvals(weight - plain)[16:].norm() / weight.norm()
     assert error == pytest.approx(float(tail), rel=1e-4)
@@ -149,6 +152,8 @@ def test_what_rounding_lost_is_made_up_for_whatever_the_scaling(quant_type: str,
 
 def test_the_best_round_is_kept_where_errors_rise_again() -> None:
     weight = torch.randn(128, 128, generator=seeded())
-    base, (down, up), errors = rounding_factors(weight, rounding("nf2"), 16, 1.0, 8)  # type: ignore[arg-type]
+    base, (down, up), errors = rounding_factors(weight, rounding("nf2"), 16, 1.0, 8)
     assert errors != sorted(errors, reverse=True), "the case has become one where errors only fall"
-    assert float((weight - base - up @ down).norm() / weight.norm()) == pytest.approx(min(errors))
+    assert float((weight - base.dequantize() - up @ down).norm() / weight.norm()) == pytest.approx(
+        min(errors)
+    )

@@ -174,7 +174,9 @@ def test_recovery_goes_on_from_the_same_start(
     assert whole.adapter is not None
     base = load(tiny_dir("llama"))
     load_adapter(base.model, whole.adapter)
-    assert train_nothing(base, rows, tmp_path) == pytest.approx(whole.metrics["eval_loss_dense_after"], abs=1e-4)
+    assert train_nothing(base, rows, tmp_path) == pytest.approx(
+        whole.metrics["eval_loss_dense_after"], abs=1e-4
+    )
 
 
 def test_loftq_has_no_recovery_on_the_dense_base(
