@@ -82,21 +82,27 @@ def _made(
 ) -> Iterator[tuple[str, Start]]:
     for path, weight in original_weights_of(model, layers):
         layer, one = layers[path], config.at(path)
-        weight = weight.to(layer.codes.device)
         if weight.dtype not in FLOATS.values():  # as it was loaded
             weight = weight.float()
-        parts, held = (
-            stored.parts() for stored in (quantize(weight, layer.config, where=path), layer.quantized_weight)
-        )
-        if not all(torch.equal(part, held[name]) for name, part in parts.items()):
+        if not _is_of(layer, weight):
             raise AdapterError(
                 f"{path} has other weights in its files than were quantized",
                 where=path,
                 fix="load the model again",
             )
-        lost = weight.float() - layer.dense_weight(torch.float32)
+        lost = weight.to(layer.codes.device, torch.float32) - layer.dense_weight(torch.float32)
         if bool(lost.any()):  # what was rounded without loss starts as any other layer
             yield path, Start(*principal_factors(lost, one.rank, one.scaling), subtract=False)
+
+
+def _is_of(layer: QuantizedLinear, weight: Tensor) -> bool:
+    """Whether a layer holds the plain rounding of a weight, made on the CPU or where the layer is now."""
+    held = {name: part.cpu() for name, part in layer.quantized_weight.parts().items()}
+    for device in dict.fromkeys(("cpu", str(layer.codes.device))):
+        parts = quantize(weight.to(device), layer.config).parts()
+        if all(torch.equal(part.cpu(), held[name]) for name, part in parts.items()):
+            return True
+    return False
 
 
 def _found(

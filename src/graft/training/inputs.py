@@ -15,7 +15,7 @@ from graft.adapters.attach import install, selection_of
 from graft.adapters.attached import Adapter, num_base_parameters
 from graft.adapters.data_starts import IGNORED, Pass
 from graft.adapters.settings import DATA, RANDOM
-from graft.adapters.starts import stored_starts
+from graft.adapters.starts import SUBTRACTED, stored_starts
 from graft.adapters.targets import select_targets
 from graft.data.classes import ClassReader
 from graft.data.loader import Batch
@@ -199,7 +199,8 @@ def attach_adapter(
         base.model, wanted, selection, "default", seed=config.training.seed, batches=batches, starts=starts
     )
     if starts is None and getattr(wanted, "init", "kaiming") not in RANDOM:
-        monitor.say(f"init {wanted.init}: made in {time.perf_counter() - begun:.1f} s")
+        saved = "; saved as a plain LoRA of twice the rank" if wanted.init in SUBTRACTED else ""
+        monitor.say(f"init {wanted.init}: made in {time.perf_counter() - begun:.1f} s{saved}")
     for note in made.notes:
         monitor.say(note)
 

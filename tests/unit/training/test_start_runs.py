@@ -69,19 +69,32 @@ class Told(Silent):
         self.said.append(text)
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
-@pytest.mark.parametrize("init", [*INITS, "loftq"])
+CASES = [
+    *(("lora", init, False) for init in INITS),
+    *(("lora", init, True) for init in ("pissa", "lora_ga", "loftq")),
+    ("dora", "orthogonal", False),
+    ("dora", "eva", True),
+    ("lora_fa", "eva", False),
+]
+
+
+@pytest.mark.parametrize(("method", "init", "quantized"), CASES)
 def test_a_run_passes_its_audit_and_resumes_to_the_same_bits(
     tiny_dir: Callable[..., Path],
     rows: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    method: str,
     init: str,
     quantized: bool,
 ) -> None:
-    quantized = quantized or init == "loftq"
     directory = tiny_dir("llama")
-    more = [f"adapter.init={init}", "training.audit=full", "training.learning_rate=1e-2"]
+    more = [
+        f"adapter.method={method}",
+        f"adapter.init={init}",
+        "training.audit=full",
+        "training.learning_rate=1e-2",
+    ]
     more += ["quantization.quant_type=nf4"] if quantized else []
     told = Told()
     whole = run_from_config(config(directory, rows, tmp_path / "whole", *more), told)
@@ -115,7 +128,7 @@ def test_the_first_loss_is_that_of_the_base_and_what_is_saved_has_the_last_one(
     tiny_dir: Callable[..., Path], rows: Path, tmp_path: Path
 ) -> None:
     losses = {}
-    for init in ("kaiming", *INITS):
+    for init in ("kaiming", "pissa", "eva", "lora_ga"):
         more = [f"adapter.init={init}", f"data.eval={rows}", "training.eval_steps=3"]
         run = run_from_config(config(tiny_dir("llama"), rows, tmp_path / init, *more))
         lines = read_lines(run.directory / "metrics.jsonl")
@@ -160,7 +173,7 @@ def test_a_start_in_memory_comes_back_with_the_checkpoint(
     assert tensors_of(resume(tmp_path / "killed").adapter) == tensors_of(whole.adapter)
 
 
-@pytest.mark.parametrize("init", ["pissa", "eva", "lora_ga"])
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
 def test_recovery_goes_on_from_the_same_start(
     tiny_dir: Callable[..., Path], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, init: str
 ) -> None:
