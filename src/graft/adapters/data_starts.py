@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.adapters.attached import disabled
+from graft.adapters.factorize import randomized_svd
 from graft.models.layers import BaseLayer
 
 GROUP_BYTES = 2 << 30
@@ -82,15 +83,13 @@ class Moments:
         Returns:
             Orthonormal rows (k, width), and (k,); fewer than asked for where there are fewer inputs.
 
-        Cost: an eigendecomposition in float64.
+        Cost: a randomized decomposition in float64.
         """
         mean = self.total / max(self.count, 1)
         spread = self.products.double() - self.count * torch.outer(mean, mean)
-        values, vectors = torch.linalg.eigh(spread)
-        values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
         kept = min(number, max(self.count - 1, 0))
-        shares = values[:kept] / spread.trace().clamp(min=1e-300)
-        return vectors[:, :kept].t().float().contiguous(), shares
+        _, values, rows = randomized_svd(spread, kept)
+        return rows.float(), values / spread.trace().clamp(min=1e-300)
 
 
 def input_moments(

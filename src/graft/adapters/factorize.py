@@ -17,6 +17,9 @@ from graft.quant.tensor import QuantizedTensor
 OVERSAMPLING = 8
 """Directions beyond the rank that a randomized SVD looks at."""
 
+SHARP = 8
+"""Power iterations of a randomized SVD that stands for the exact one where that would take hours."""
+
 STABLE_GAMMA = 16.0
 """The constant gamma of LoRA-GA's scale (arXiv:2407.05000, sec. 3)."""
 
@@ -43,10 +46,9 @@ def principal_factors(
         iterations: Power iterations of a randomized SVD; None for the exact one.
         generator: What a randomized SVD draws from, on the CPU.
 
-    Cost: the exact SVD takes some 10 out in min(out, in) operations, the randomized one
-    4 (iterations + 1) out in rank.
+    Cost: the exact SVD takes some 10 out in min(out, in) operations; see `randomized_svd` for the other.
 
-    Source: PiSSA, arXiv:2404.02948, sec. 3; Halko, Martinsson and Tropp, arXiv:0909.4061, alg. 4.4 and 5.1.
+    Source: PiSSA, arXiv:2404.02948, sec. 3.
     """
     weight = weight.float()
     if iterations is None:
@@ -58,21 +60,26 @@ def principal_factors(
 
 
 def randomized_svd(
-    matrix: Tensor, rank: int, iterations: int, generator: torch.Generator | None
+    matrix: Tensor, rank: int, iterations: int = SHARP, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The leading singular triplets of a matrix from its products with few random vectors.
 
     Args:
-        matrix: (out, in), float32.
+        matrix: (out, in), float32 or float64.
         rank: How many triplets.
         iterations: Each sharpens the decay of the singular values by their square.
-        generator: Where the vectors come from, on the CPU.
+        generator: Where the vectors come from, on the CPU; None takes the same ones every time.
 
     Returns:
         U (out, k), S (k,), V' (k, in) with k = rank, or the smaller side of the matrix if that is less.
+
+    Cost: 4 (iterations + 1) out in rank operations.
+
+    Source: Halko, Martinsson and Tropp, arXiv:0909.4061, alg. 4.4 and 5.1.
     """
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
     width = min(rank + OVERSAMPLING, *matrix.shape)
-    probes = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
+    probes = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
     basis = torch.linalg.qr(matrix @ probes).Q
     for _ in range(iterations):  # orthonormal each time: powers alone would lose the small directions
         basis = torch.linalg.qr(matrix.t() @ basis).Q
@@ -108,11 +115,11 @@ def gradient_factors(gradient: Tensor, rank: int) -> Factors:
         gradient: dL/dW, of any scale.
         rank: At most half the smaller side of W.
 
-    Cost: an exact SVD.
+    Cost: a randomized SVD of twice the rank.
 
     Source: LoRA-GA, arXiv:2407.05000, sec. 3.
     """
-    left, _, right = torch.linalg.svd(gradient.float(), full_matrices=False)
+    left, _, right = randomized_svd(gradient.float(), 2 * rank)
     scale = gradient.shape[0] ** 0.25 / math.sqrt(STABLE_GAMMA)
     return scale * right[:rank], scale * left[:, rank : 2 * rank]
 
@@ -161,7 +168,7 @@ def rounding_factors(
     Returns:
         Q; lora_A and lora_B; the error ||W - Q - scaling * B A|| / ||W|| after each round.
 
-    Cost: an exact SVD for each round.
+    Cost: a randomized SVD for each round.
 
     Source: LoftQ, arXiv:2310.08659, alg. 1, which has no scaling; here the factors are divided by its root.
     """
@@ -170,7 +177,7 @@ def rounding_factors(
     for _ in range(iterations):
         base = rounded(weight - update)
         lost = weight - base.dequantize(torch.float32)
-        factors = principal_factors(lost, rank, scaling)
+        factors = principal_factors(lost, rank, scaling, iterations=SHARP)
         update = scaling * (factors[1] @ factors[0])
         errors.append(float((lost - update).norm() / weight.norm().clamp(min=1e-30)))
         if errors[-1] == min(errors):

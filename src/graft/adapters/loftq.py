@@ -71,7 +71,7 @@ def loftq(
         ModelError: The model cannot be read, or is quantized already.
         StorageError: `out` exists, or cannot be written.
 
-    Cost: an exact SVD of each weight in each round; then the quantized model in memory.
+    Cost: a randomized SVD of each weight in each round; then the quantized model in memory.
     """
     if config.init != "loftq":
         raise ConfigError(f"init is {config.init!r}", where="adapter.init", fix='LoraConfig(init="loftq")')

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.adapters.factorize import principal_factors
+from graft.adapters.factorize import SHARP, principal_factors
 from graft.adapters.peft_config import read_settings
 from graft.adapters.peft_tensors import open_weights, read_tensors
 from graft.adapters.side_file import base_fingerprint, read_side_file
@@ -92,7 +92,8 @@ def _made(
             )
         lost = weight.to(layer.codes.device, torch.float32) - layer.dense_weight(torch.float32)
         if bool(lost.any()):  # what was rounded without loss starts as any other layer
-            yield path, Start(*principal_factors(lost, one.rank, one.scaling), subtract=False)
+            pair = principal_factors(lost, one.rank, one.scaling, iterations=SHARP)
+            yield path, Start(*pair, subtract=False)
 
 
 def _is_of(layer: QuantizedLinear, weight: Tensor) -> bool:

@@ -146,8 +146,9 @@ def test_what_rounding_lost_is_made_up_for_whatever_the_scaling(quant_type: str,
     first, (down, up), (error,) = rounding_factors(weight, rounded, 16, scaling)
     assert torch.equal(first.dequantize(), plain)
     assert error == errors[0]
-    tail = torch.linalg.svdvals(weight - plain)[16:].norm() / weight.norm()
-    assert error == pytest.approx(float(tail), rel=1e-4)
+    # The decomposition is a randomized one, and what rounding loses has a flat spectrum.
+    tail = float(torch.linalg.svdvals(weight - plain)[16:].norm() / weight.norm())
+    assert tail * (1 - 1e-5) <= error <= tail * 1.001
 
 
 def test_the_best_round_is_kept_where_errors_rise_again() -> None:

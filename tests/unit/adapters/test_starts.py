@@ -430,7 +430,7 @@ def test_loftq_makes_up_for_rounding_whatever_the_scaling(
         original, rounded = dense.get_submodule(path).weight.detach(), module.base.dense_weight()
         original = original if module.base.kind == "linear" and family == "llama" else original.T
         lost = torch.linalg.svdvals(original - rounded)
-        assert gap(model, path, original) == pytest.approx(float(lost[8:].norm() / original.norm()), rel=1e-4)
+        assert gap(model, path, original) == pytest.approx(float(lost[8:].norm() / original.norm()), rel=1e-3)
         assert gap(model, path, original) < float(lost.norm() / original.norm())
     save_adapter(model, tmp_path / "a")
     again = models.load(tiny_dir(family), quantization=quant_type, dtype="float32").model
