@@ -23,7 +23,7 @@ from graft.quant.linear import QuantizedLinear
 from graft.quant.tensor import quantize
 
 LOFTQ_DIRECTORY = "loftq_init"
-"""Holds the first adapter of a base that `graft quantize --loftq` made, in its directory."""
+"""Holds the first adapter of a base that was made in rounds, in its directory."""
 
 
 ROUNDS = "loftq_rounds"
@@ -44,7 +44,7 @@ def loftq_starts(model: nn.Module, config: Any, targets: Mapping[str, BaseLayer]
     """Starts that make up for rounding, by path; dense layers have none.
 
     Args:
-        model: Its base was quantized as it was loaded, or by `graft quantize --loftq`.
+        model: Its base was quantized as it was loaded, or by `graft quantize --set adapter.init=loftq`.
         config: LoRA's settings.
         targets: Layers by path.
 
@@ -72,7 +72,7 @@ def loftq_starts(model: nn.Module, config: Any, targets: Mapping[str, BaseLayer]
         raise ConfigError(
             f"init_iterations {config.init_iterations}: after the first round the base is another one",
             where="adapter.init_iterations",
-            fix="leave it out, or make that base with graft quantize --loftq and give it as the model",
+            fix="leave it out, or make that base with graft quantize --set adapter.init=loftq",
         )
     return dict(_made(model, config, layers))
 
@@ -114,14 +114,14 @@ def _found(
         raise AdapterError(
             "the adapter there does not belong to this base",
             where=str(directory),
-            fix="make the base again with graft quantize --loftq",
+            fix="make the base again with graft quantize --set adapter.init=loftq",
         )
     rounds = side.facts.get(ROUNDS)
     if config.init_iterations not in (None, rounds):
         raise ConfigError(
             f"the base was made in {rounds} rounds, asked for are {config.init_iterations}",
             where="adapter.init_iterations",
-            fix="leave it out, or make the base again with graft quantize --loftq",
+            fix="leave it out, or make the base again with graft quantize --set adapter.init=loftq",
         )
     made, _ = read_settings(directory / "adapter_config.json")
     stored = open_weights(directory)
@@ -136,7 +136,7 @@ def _found(
                 f"the base was made with {told} for {path}, asked for are rank {now.rank} and scaling "
                 f"{now.scaling:g}",
                 where="adapter",
-                fix="give the settings that graft quantize --loftq was given",
+                fix="give the settings that graft quantize --set adapter.init=loftq was given",
             )
         starts[path] = Start(values[keys[0]], values[keys[1]], subtract=False)
     return starts

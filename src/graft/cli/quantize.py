@@ -37,12 +37,13 @@ def quantize(
     revision: Annotated[
         str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")
     ] = None,
-    loftq: Annotated[
-        bool, typer.Option("--loftq", help="Together with an adapter that makes up for the rounding.")
-    ] = False,
     assignments: Annotated[
         list[str] | None,
-        typer.Option("--set", help="With --loftq: adapter.key=value, such as adapter.init_iterations=5."),
+        typer.Option(
+            "--set",
+            help="adapter.init=loftq: with an adapter that makes up for the rounding; its other settings. "
+            "May be repeated.",
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a model directory of that name.")
@@ -60,7 +61,7 @@ def quantize(
         hqq=hqq,
         skip_modules=tuple(skip_modules or ()),
     )
-    adapter = _adapter(assignments or [], loftq)
+    adapter = _adapter(assignments or [])
     fields: dict[str, Any] = {}
     with _bar() as progress:
         how: dict[str, Any] = {"revision": revision, "overwrite": overwrite, "progress": progress}
@@ -71,29 +72,30 @@ def quantize(
 
             report, errors = write_with_start(model, config, adapter, out, **how)
             fields["loftq_errors"] = errors
-    following = _next(report, assignments or [], loftq)
+    following = _next(report, assignments or [])
     fields |= {"model": str(out), **report.to_dict(), "next": following}
     answer.success(as_json, fields, _summary(report, following, fields.get("loftq_errors", {})))
 
 
-def _adapter(assignments: list[str], loftq: bool) -> LoraConfig | None:
+def _adapter(assignments: list[str]) -> LoraConfig | None:
     """The adapter that the base is made together with; None without one."""
     from graft.adapters.lora import LoraConfig
     from graft.config import from_dict, read_assignments
     from graft.errors import ConfigError
 
     given = read_assignments(assignments).values
-    strange = [path for path in given if not path.startswith("adapter.")]
-    if strange or (given and not loftq):
-        raise ConfigError(
-            f"{strange[0] if strange else next(iter(given))} cannot act",
-            where="--set",
-            fix="--set takes adapter.key=value" if strange else "it acts with --loftq",
-        )
-    if not loftq:
+    if not given:
         return None
-    values = {path.removeprefix("adapter."): value for path, value in given.items()}
-    return from_dict(LoraConfig, {"init": "loftq", **values}, "--set")
+    strange = [path for path in given if not path.startswith("adapter.")]
+    if strange or given.get("adapter.init") != "loftq":
+        raise ConfigError(
+            f"{strange[0] if strange else 'an adapter that does not make up for rounding'} has no part here",
+            where="--set",
+            fix="--set adapter.init=loftq, and other settings of that adapter",
+        )
+    return from_dict(
+        LoraConfig, {path.removeprefix("adapter."): value for path, value in given.items()}, "--set"
+    )
 
 
 @contextmanager
@@ -111,10 +113,10 @@ def _bar() -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _next(report: QuantizedDirectory, assignments: list[str], loftq: bool) -> list[str]:
-    same = " ".join(f"--set {word}" for word in ["adapter.init=loftq", *assignments])
+def _next(report: QuantizedDirectory, assignments: list[str]) -> list[str]:
+    same = "".join(f" --set {word}" for word in assignments)
     return [
-        f"graft train --model {report.directory} --data train.jsonl" + (f" {same}" if loftq else ""),
+        f"graft train --model {report.directory} --data train.jsonl{same}",
         f"graft chat {report.directory}",
     ]
 

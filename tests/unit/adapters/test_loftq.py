@@ -95,7 +95,7 @@ def test_several_rounds_are_refused_on_a_base_that_is_loaded(tiny_dir: Callable[
     model = models.load(tiny_dir("llama"), quantization="nf4").model
     with pytest.raises(ConfigError, match="after the first round the base is another one") as refused:
         attach(model, settings())
-    assert "graft quantize --loftq" in refused.value.fix
+    assert "graft quantize --set adapter.init=loftq" in refused.value.fix
 
 
 def test_nothing_is_left_of_what_is_refused(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_the_command_makes_the_base_that_its_next_command_trains_on(
 ) -> None:
     out, rows = tmp_path / "q", tmp_path / "train.jsonl"
     rows.write_text("".join(json.dumps({"text": f"{i}: one and {i} more"}) + "\n" for i in range(6)))
-    words = ["--loftq", "--set", "adapter.rank=4", "--set", "adapter.init_iterations=3"]
+    words = ["--set", "adapter.init=loftq", "--set", "adapter.rank=4", "--set", "adapter.init_iterations=3"]
     assert run(["quantize", str(tiny_dir("llama")), "--out", str(out), *words, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert {len(errors) for errors in told["loftq_errors"].values()} == {3}
@@ -128,9 +128,6 @@ def test_the_command_makes_the_base_that_its_next_command_trains_on(
     assert load_adapter(base.model, tmp_path / "run" / "adapter").makes_up
     assert run(["quantize", str(tiny_dir("llama")), "--out", str(out), *words, "--overwrite"]) == 0
     assert "of the weights is lost" in capsys.readouterr().out
-    for wrong, message in (
-        (["--set", "adapter.rank=4"], "--loftq"),
-        ([*words, "--set", "model.name=x"], "--set"),
-    ):
+    for wrong in (["--set", "adapter.rank=4"], [*words, "--set", "model.name=x"]):
         assert run(["quantize", str(tiny_dir("llama")), "--out", str(tmp_path / "no"), *wrong]) == 2
-        assert message in capsys.readouterr().err
+        assert "has no part here" in capsys.readouterr().err

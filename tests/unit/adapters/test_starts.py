@@ -86,6 +86,7 @@ def test_the_first_output_is_the_bases_and_the_base_stays(
     plain = logits(model)
     before = {name: tensor_digest(name, tensor) for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     attach(model, settings(init, family), seed=3, **given(init))
     torch.testing.assert_close(logits(model), plain, atol=2e-5, rtol=1e-5)
     with disabled(model):
@@ -103,6 +104,7 @@ def test_the_first_output_is_the_bases_and_the_base_stays(
     assert torch.equal(logits(model), plain)
     assert {name: tensor_digest(name, tensor) for name, tensor in model.state_dict().items()} == before
     assert [module.training for module in model.modules()] == modes
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == learning
 
 
 @every
