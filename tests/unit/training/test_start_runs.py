@@ -70,9 +70,8 @@ class Told(Silent):
 
 
 CASES = [
-    *(("lora", init, False) for init in INITS),
-    *(("lora", init, True) for init in ("pissa", "lora_ga", "loftq")),
-    ("dora", "orthogonal", False),
+    *(("lora", init, False) for init in INITS if init != "olora"),
+    *(("lora", init, True) for init in ("olora", "lora_ga", "loftq")),
     ("dora", "eva", True),
     ("lora_fa", "eva", False),
 ]
@@ -110,11 +109,12 @@ def test_a_run_passes_its_audit_and_resumes_to_the_same_bits(
         patch.setattr("graft.adapters.starts.make_starts", None)
         patch.setattr(inputs, "passes", None)
         assert tensors_of(resume(tmp_path / "killed").adapter) == tensors_of(whole.adapter)
-    with monkeypatch.context() as patch:
-        kill_before_step(0, patch)
-        with pytest.raises(Killed):
-            run_from_config(config(directory, rows, tmp_path / "early", *more))
-    assert tensors_of(resume(tmp_path / "early").adapter) == tensors_of(whole.adapter)
+    if init == "eva":  # without a checkpoint the start is made again
+        with monkeypatch.context() as patch:
+            kill_before_step(0, patch)
+            with pytest.raises(Killed):
+                run_from_config(config(directory, rows, tmp_path / "early", *more))
+        assert tensors_of(resume(tmp_path / "early").adapter) == tensors_of(whole.adapter)
     assert whole.adapter is not None
     report = merge(whole.adapter, tmp_path / "merged")
     assert report.adapter_effect > 1e-3
