@@ -181,7 +181,7 @@ def merge(
             untied=untied,
             forced_base=adapter.forced_base,
             fingerprint=fingerprint,
-            notes=(*adapter.notes, *_advice(chosen, gaps, effect)),
+            notes=(*adapter.notes, *_advice(chosen, gaps, effect, made_up=adapter.makes_up)),
         )
         write_json(partial / FILE, _certificate(job, report))
     return report
@@ -272,12 +272,13 @@ def _gap(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
 
 
-def _advice(chosen: str, gaps: dict[str, float], effect: float) -> list[str]:
+def _advice(chosen: str, gaps: dict[str, float], effect: float, *, made_up: bool = False) -> list[str]:
     if not gaps:
         return []
     if len(gaps) == 1:
         (gap,) = gaps.values()
-        told = "the adapter was folded into the decoded weights of its quantized base"
+        why = "its rounding is made up for" if made_up else "the base is stored quantized"
+        told = f"{why}: the adapter was folded into the decoded weights"
         if gap > effect / 2:
             told += (
                 f". Rounding them moves logits by {gap:.3g}, the adapter itself by {effect:.3g}: "
