@@ -98,7 +98,7 @@ def make_starts(
         ModelError: The weights before rounding are not to be had.
 
     Cost: for eva and lora_ga a pass over the batches for each 2 GiB of matrices, (in, in) or (out, in) in
-    float32 for a layer, and one decomposition a layer; for loftq the weights are read again, one SVD each.
+    float32 for a layer, and a randomized SVD of each; for loftq the weights are read again instead.
     """
     if config.init not in DATA:
         return Starts(config, loftq_starts(model, config, targets), tuple(targets))
@@ -190,6 +190,8 @@ def _variance_starts(
     rows: dict[str, Tensor] = {}
     shares: dict[str, list[float]] = {}
     for path, moments in input_moments(model, targets, passes):
+        if not bool(moments.products.isfinite().all()):
+            _refuse_silent(path, "inputs that are not finite", "look at the data and at the base")
         number = min(round(asked[path] * config.eva_rho), targets[path].in_features)
         rows[path], found = moments.directions(number)
         shares[path] = found.tolist()

@@ -587,6 +587,13 @@ def test_layers_without_a_gradient_are_named(tiny_dir: Callable[..., Path]) -> N
     silent = [Pass(lambda model: 0 * model(**BATCHES[0]).loss)]
     with pytest.raises(AdapterError, match="model.layers.0.self_attn.q_proj has no gradient"):
         attach(model, settings("lora_ga"), batches=silent)
+    model.get_input_embeddings().weight.data[int(IDS[0, 0])] = math.nan
+    broken = [{"input_ids": IDS, "labels": IDS}]
+    with pytest.raises(AdapterError, match="q_proj has inputs that are not finite"):
+        attach(model, settings("eva"), batches=broken)
+    with pytest.raises(AdapterError, match="q_proj has a gradient that is not finite"):
+        attach(model, settings("lora_ga"), batches=broken)
+    assert adapters_of(model) == {}
 
 
 def test_other_tools_names_of_starts_are_told() -> None:
