@@ -42,6 +42,7 @@ _HOMES = {
     "load": "graft.models.load",
     "load_adapter": "graft.adapters.peft_format",
     "load_foreign_adapter": "graft.adapters.foreign",
+    "loftq": "graft.adapters.loftq",
     "merge": "graft.adapters.merge",
     "quantize": "graft.models.quantize",
     "resume": "graft.training.build",

@@ -165,7 +165,7 @@ def _block(model: Any, config: Any) -> dict[str, int]:
     keys = getattr(config, "num_key_value_heads", None) or heads
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     ranks = {
-        path: len(layer.lora_A)
+        path: len(layer.lora_A) * (2 if getattr(layer, "start_A", None) is not None else 1)
         for path, module in adapter_modules(model).items()
         if layer_index(path) == 0
         for layer in getattr(module, "adapters", {}).values()

@@ -13,7 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from graft.adapters.adapted import AdaptedLayer, SavedModule
-from graft.adapters.attach import attach, replace_module
+from graft.adapters.attach import install, replace_module
 from graft.adapters.attached import adapter_modules
 from graft.config import build, read_assignments
 from graft.errors import TrainingError
@@ -326,24 +326,26 @@ def test_is_caught_by_step_two(
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")  # the planted one
 def test_a_shared_layer_is_caught(refused: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def sharing(model: Any, config: Any, seed: int) -> None:
-        attach(model, config, seed=seed)
+    def sharing(model: Any, *what: Any, **how: Any) -> Any:
+        made = install(model, *what, **how)
         first, second = (model.get_submodule(f"model.layers.{n}.self_attn.q_proj") for n in (0, 1))
         second.adapters["default"] = first.adapters["default"]
+        return made
 
-    monkeypatch.setattr(inputs, "attach", sharing)
+    monkeypatch.setattr(inputs, "install", sharing)
     _, noted = refused(lambda _: None)
     assert noted["defects"][0]["what"] == "tensors that train share memory"
     assert f"{Q}.lora_A.weight" in noted["defects"][0]["names"]
 
 
 def test_a_layer_left_out_is_caught(refused: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def leaving_out(model: Any, config: Any, seed: int) -> None:
-        attach(model, config, seed=seed)
+    def leaving_out(model: Any, *what: Any, **how: Any) -> Any:
+        made = install(model, *what, **how)
         del model.get_submodule(Q).adapters["default"]
         model.get_submodule(Q).active = ()
+        return made
 
-    monkeypatch.setattr(inputs, "attach", leaving_out)
+    monkeypatch.setattr(inputs, "install", leaving_out)
     _, noted = refused(lambda _: None)
     found = next(d for d in noted["defects"] if "configuration asks for do not train" in d["what"])
     assert set(found["names"]) == PAIR

@@ -124,7 +124,7 @@ def test_every_number_format_is_on_its_page() -> None:
 
 def test_every_method_besides_lora_has_a_page() -> None:
     pages = {path.stem.replace("-", "_") for path in (ROOT / "docs" / "methods").glob("*.md")}
-    assert pages == set(config_classes()) - {"lora"}
+    assert pages - {"initialisations"} == set(config_classes()) - {"lora"}
 
 
 def test_there_are_pages() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -23,8 +23,12 @@ from graft.adapters.attached import (
     trained_tensors,
 )
 from graft.adapters.base import AdapterConfig, kinds_of, method_of
+from graft.adapters.data_starts import Pass
 from graft.adapters.initializers import generator_for
 from graft.adapters.patterns import first_match
+from graft.adapters.rounding_starts import Start
+from graft.adapters.settings import DATA, without_start
+from graft.adapters.starts import Starts, check_targets, is_made_elsewhere, make_starts
 from graft.adapters.targets import (
     ALL_LINEAR,
     Selection,
@@ -39,7 +43,7 @@ from graft.adapters.targets import (
 from graft.adapters.trainable_tokens import token_rows
 from graft.config import did_you_mean
 from graft.dialects import explained
-from graft.errors import AdapterError, TargetError
+from graft.errors import AdapterError, ConfigError, TargetError
 from graft.models.experts import stacked_experts
 from graft.models.layers import BaseLayer
 from graft.models.packed_layers import passes_gradient
@@ -54,22 +58,32 @@ __all__ = [
     "detach",
     "disabled",
     "install",
+    "selection_of",
     "set_active",
 ]
 
 
 @explained
-def attach(model: nn.Module, config: AdapterConfig, name: str = "default", *, seed: int = 0) -> Adapter:
+def attach(
+    model: nn.Module,
+    config: AdapterConfig,
+    name: str = "default",
+    *,
+    seed: int = 0,
+    batches: Iterable[Mapping[str, Any] | Pass] | None = None,
+) -> Adapter:
     """Put a new adapter into a model, freeze everything else, and make it the active one.
 
     The model's own modules are replaced in place; the classes are left alone. The first output equals the
-    base's.
+    base's; with init "loftq" that of the base before it was rounded, as near as the rank allows.
 
     Args:
         model: A model of `graft.load`, or any `nn.Module` with linear layers.
         config: The method's settings.
         name: Names the adapter where a model carries several.
         seed: With a layer's path it decides that layer's first values, whatever else was attached before.
+        batches: For a start that looks at data (init "eva" or "lora_ga"): what the model takes, on its
+            device, labels among it; as many are taken as `init_batches` says.
 
     Returns:
         The adapter: its targets, how many numbers train, what to know about it.
@@ -77,16 +91,26 @@ def attach(model: nn.Module, config: AdapterConfig, name: str = "default", *, se
     Raises:
         TargetError: A part of the settings selects nothing.
         AdapterError: The name is taken or cannot be used, or a module is trained in full by another adapter.
-        ConfigError: The settings are not those of a method.
+        ConfigError: The settings are not those of a method, or their start cannot be made here.
     """
     method_of(config)
-    selection = Selection(
+    if batches is not None and getattr(config, "init", None) not in DATA:
+        raise ConfigError(
+            f"init {getattr(config, 'init', 'of ' + config.method)!r} looks at no batches",
+            where="batches",
+            fix=f"leave them out; init {' and '.join(DATA)} look at data",
+        )
+    return install(model, config, selection_of(config), name, seed=seed, batches=batches)
+
+
+def selection_of(config: AdapterConfig) -> Selection:
+    """Where an adapter's settings put it."""
+    return Selection(
         config.target_modules,
         config.exclude_modules,
         config.layers,
         modules_to_save=config.modules_to_save,
     )
-    return install(model, config, selection, name, seed=seed)
 
 
 def install(
@@ -97,6 +121,8 @@ def install(
     *,
     seed: int | None,
     strict: bool = True,
+    batches: Iterable[Mapping[str, Any] | Pass] | None = None,
+    starts: Starts | None = None,
 ) -> Adapter:
     """Put an adapter into a model and make it the active one.
 
@@ -107,17 +133,24 @@ def install(
         name: What to call it.
         seed: For its first values; None leaves the tensors to be filled.
         strict: Whether a part of the selection may have no effect.
+        batches: For a start that looks at data.
+        starts: Where its layers start, where that is known; settings and targets are then those in it.
 
     Raises:
         TargetError: Nothing is selected.
         AdapterError: The name cannot be used, or a module is already trained in full.
-        ConfigError: Unknown method.
+        ConfigError: Unknown method, or a start that cannot be made.
     """
     check_name(model, name)
     method_of(config)
     config, targets, saved, biases = _selected(model, config, selection, strict)
     if seed is not None:
         _refuse_without_gradient(targets)
+        check_targets(config, targets)
+        if starts is None and targets and is_made_elsewhere(config):
+            starts = make_starts(model, config, targets, batches)
+    if starts is not None:
+        config, targets = starts.config, {path: targets[path] for path in starts.targets}
     record = attachments(model)
     if not record.adapters:
         record = Attachments(frozen=[p for p in model.parameters() if p.requires_grad])
@@ -126,14 +159,15 @@ def install(
             parameter.requires_grad_(False)
     shared = _shared(config, targets)
     for path, base in targets.items():
-        _adapt(model, path, base, config, name, seed, shared)
+        start = None if starts is None else starts.layers.get(path)
+        _adapt(model, path, base, config, name, seed, shared, start)
     _adapt_tied(model, name, targets, saved)
     for path in (*saved, *biases):
         _save_module(model, path, name, whole=path in saved)
     adapter = Adapter(name, config, tuple(targets), tuple(saved), 0, tuple(biases), shared=shared)
     record.adapters[name] = adapter
     adapter.num_trainable = sum(tensor.numel() for tensor in trained_tensors(model, name).values())
-    adapter.notes += _tied_notes(model, adapter)
+    adapter.notes += [*_tied_notes(model, adapter), *(starts.notes if starts is not None else ())]
     if selection.target_modules == ALL_LINEAR and (stacks := stacked_experts(model)):
         adapter.notes.append(f"the experts carry no adapter: {stacks}")
     guard_save_pretrained(model)
@@ -257,14 +291,20 @@ def _adapt(
     name: str,
     seed: int | None,
     shared: nn.Module | None,
+    start: Start | None,
 ) -> None:
     module = model.get_submodule(path)
     if not isinstance(module, AdaptedLayer):
         module = AdaptedLayer(base)
         replace_module(model, path, module)
     empty = base.device.type == "meta"  # where only shapes are asked for
-    generator = None if seed is None or empty else generator_for(seed, path)
-    layer: Any = method_of(config).build_layer(base, config.at(path), generator)
+    generator = None if seed is None or empty or start is not None else generator_for(seed, path)
+    one = config.at(path)
+    if start is None and is_made_elsewhere(config):  # such as a dense layer in a quantized base
+        one = without_start(one)
+    layer: Any = method_of(config).build_layer(base, one, generator)
+    if start is not None:
+        layer.begin_at(start.lora_A, start.lora_B, subtract=start.subtract)
     if shared is not None:
         layer.share(shared)
     module.adapters[name] = layer.to(base.device).train(module.training)

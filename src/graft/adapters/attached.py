@@ -51,6 +51,11 @@ class Adapter:
         """Paths of all that it trains something of."""
         return (*self.targets, *self.saved_modules, *self.bias_modules)
 
+    @property
+    def makes_up(self) -> bool:
+        """Whether it makes up for the rounding of its quantized base, so that it is wrong on any other."""
+        return getattr(self.config, "init", "") == "loftq"
+
 
 @dataclass(eq=False)
 class Attachments:
@@ -161,7 +166,7 @@ def trained_tensors(model: nn.Module, name: str = "default") -> dict[str, nn.Par
 
 
 def fixed_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """Those of an adapter's tensors that no gradient changes: what its layers share, and their state, too.
+    """Those of an adapter's tensors that no gradient changes: what its layers share, start from, their state.
 
     Args:
         model: A model that carries it.
@@ -176,8 +181,24 @@ def fixed_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     shared = adapter(model, name).shared
     return {
         **_of_kind(model, name, frozen=True),
+        **start_tensors(model, name),
         **({} if shared is None else dict(shared.named_buffers())),
         **_states(model, name),
+    }
+
+
+def start_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """What an adapter's updates are measured from, as `adapter_tensors` has its tensors; empty for zero.
+
+    Args:
+        model: A model that carries it.
+        name: The adapter.
+    """
+    return {
+        f"{path}.{leaf}" if path else leaf: tensor
+        for path, module in adapter_modules(model).items()
+        if isinstance(module, AdaptedLayer) and name in module.adapters
+        for leaf, tensor in _start(module.adapters[name]).items()
     }
 
 
@@ -191,6 +212,11 @@ def active_fixed_tensors(model: nn.Module) -> dict[str, Tensor]:
 def all_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """Every tensor of an adapter: `trained_tensors` and `fixed_tensors`."""
     return {**trained_tensors(model, name), **fixed_tensors(model, name)}
+
+
+def _start(layer: Any) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = layer.start() if hasattr(layer, "start") else {}
+    return found
 
 
 def _of_kind(model: nn.Module, name: str, *, frozen: bool) -> dict[str, nn.Parameter]:

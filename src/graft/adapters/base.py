@@ -71,6 +71,8 @@ class AdapterLayer(Protocol):
       them than the update itself. Additive only; `graft inspect` asks for them.
     - `reference_forward(x, base_output, base)`: the same in plain differentiable operations, which the
       gradients of `forward` are checked against; without it they are checked by finite differences.
+    - `start()`: tensors by name that the update is measured from, and `begin_at(lora_A, lora_B, subtract=)`,
+      which sets them; see `LoraLinear`. Checkpoints hold them, files do not.
     - `share(shared)`: takes what `AdapterMethod.build_shared` made.
     - `update_factors()`: A (rank, in) and B (out, rank) of an update `scaling` B A that has other tensors.
     - `state_tensors()`: by name, what neither trains nor follows from the base and the settings.

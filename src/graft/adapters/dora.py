@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from graft.adapters.lora import LoraMethod
-from graft.adapters.settings import LowRankSettings, check_low_rank, check_placement
+from graft.adapters.settings import RANDOM, LowRankSettings, check_low_rank, check_placement, check_start
 from graft.dialects import explained
 
 if TYPE_CHECKING:
@@ -43,9 +43,14 @@ class DoraConfig(LowRankSettings):
     """Layers taken out of target_modules, by the same rules."""
     layers: tuple[int, ...] | None = None
     """Numbers of the blocks that get adapters; null takes all."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """Start of lora_A: uniform within 1/sqrt(in_features), or normal with deviation 1/rank. B is zero, the
-    magnitudes are the norms of the rows of W."""
+    init: Literal["kaiming", "gaussian", "orthogonal", "eva"] = "kaiming"
+    """How the factors start. With B zero: A uniform within 1/sqrt(in_features) (kaiming), normal with
+    deviation 1/rank (gaussian), or the directions of the layer's inputs (eva). Random with a product of zero
+    (orthogonal). The magnitudes are the norms of the rows of W."""
+    init_batches: int = 8
+    """How many batches of the training data eva looks at."""
+    eva_rho: float = 2.0
+    """With eva a layer may get so many times its rank, and others less or none; 1 leaves all as they are."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead, so that large ranks are not damped (arXiv:2312.03732)."""
     modules_to_save: tuple[str, ...] = ()
@@ -57,6 +62,7 @@ class DoraConfig(LowRankSettings):
 
     def __post_init__(self) -> None:
         check_low_rank(self)
+        check_start(self, *RANDOM, "eva")
         check_placement(self)
 
 

@@ -78,6 +78,12 @@ class DoraLayer(nn.Module):
         """The trainable tensors by the names that PEFT files give them."""
         return {**self.update.tensors(), "lora_magnitude_vector": self.magnitude}
 
+    def begin_at(self, lora_A: Tensor, lora_B: Tensor, *, subtract: bool) -> None:  # noqa: N803 - as they are
+        """Give the factors their first values, whose product is zero; the magnitudes stay."""
+        assert isinstance(self.update, LoraLinear)
+        assert not subtract, "DoRA measures its update from zero"
+        self.update.begin_at(lora_A, lora_B, subtract=False)
+
     def train(self, mode: bool = True) -> DoraLayer:
         """As for every module; norms that were kept for evaluation are let go."""
         self._known = None

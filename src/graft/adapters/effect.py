@@ -18,6 +18,10 @@ PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embeddin
 """Names of two factors of an update: where one of them is zero, so is the product."""
 
 
+CANCELLED = 1e-6
+"""Share of its factors' norms below which a product is nothing but the rounding of its sums."""
+
+
 def adapted_layers(model: nn.Module, name: str) -> dict[str, Any]:
     """The layers of one adapter, by path; what it trains in full is not among them."""
     modules = adapter_modules(model).items()
@@ -57,21 +61,41 @@ def asked_tensors(model: nn.Module, made: Adapter) -> dict[str, tuple[int, ...]]
 
 
 def factors(layer: Any) -> tuple[Tensor, Tensor] | None:
-    """The two factors of a layer's update; None for an update that is no plain product of two."""
+    """The two factors of a layer's update; None for an update that is no plain product of two.
+
+    One that is measured from a start has factors of twice the rank.
+    """
     if hasattr(layer, "update_factors"):
         own: tuple[Tensor, Tensor] = layer.update_factors()
         return own
     tensors = layer.tensors()
     for first, second in PAIRS:
         if tensors.keys() == {first, second}:
-            return tensors[first].detach(), tensors[second].detach()
+            started = hasattr(layer, "start") and layer.start()
+            down, up = layer.factors if started else (tensors[first], tensors[second])
+            return down.detach(), up.detach()
     return None
+
+
+def cancels(down: Tensor, up: Tensor) -> bool:
+    """Whether the product of two factors is zero but for the rounding of its sums.
+
+    Args:
+        down: (rank, in).
+        up: (out, rank).
+
+    Cost: two products of rank by rank.
+    """
+    down, up = down.double(), up.double()
+    inner, outer = down @ down.t(), up.t() @ up
+    size = float((inner * outer).sum().clamp(min=0).sqrt())
+    return size <= CANCELLED * float(inner.trace().sqrt() * outer.trace().sqrt())
 
 
 def idle_layers(model: nn.Module, name: str) -> list[str]:
     """Paths of the layers and saved modules of an adapter that leave every output as it is.
 
-    An update of two factors is idle where one of them is zero, a layer of another kind where it says so, a
+    An update of two factors is idle where their product is zero, a layer of another kind where it says so, a
     saved module where it is a copy.
 
     Cost: reads both factors of every layer; for a module trained in full, module and original.
@@ -96,7 +120,9 @@ def is_idle(model: nn.Module, path: str, layer: Any) -> bool:
         module: Any = model.get_submodule(path)
         return bool(ask(module.base))
     pair = factors(layer)
-    return pair is not None and not (bool(pair[1].any()) and bool(pair[0].any()))
+    if pair is None:
+        return False
+    return not (bool(pair[1].any()) and bool(pair[0].any())) or cancels(*pair)
 
 
 @contextlib.contextmanager

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any
 
 import torch
 
+from graft.adapters.factorize import (
+    Factors,
+    leading_columns_factors,
+    orthogonal_factors,
+    principal_factors,
+)
 from graft.adapters.lora_layer import LoraEmbedding, LoraLinear
+from graft.adapters.settings import DATA
+from graft.errors import ConfigError
+from graft.models.layers import BaseLayer
 
 
 def generator_for(seed: int, path: str) -> torch.Generator:
@@ -20,29 +30,59 @@ def generator_for(seed: int, path: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def fill_lora(layer: LoraLinear | LoraEmbedding, init: str, generator: torch.Generator) -> None:
-    """Give lora_A and lora_B their first values; their product is zero.
+def fill_lora(
+    layer: LoraLinear | LoraEmbedding, base: BaseLayer, config: Any, generator: torch.Generator
+) -> None:
+    """Give lora_A and lora_B their first values; the update is zero.
 
     Linear: A is Kaiming-uniform with a = sqrt(5), that is uniform within 1/sqrt(in_features), or normal with
     deviation 1/rank; B is zero. Embedding: A is zero, B is standard normal, since a column of A belongs
-    to one token and a token not seen must stay unchanged.
+    to one token and a token not seen must stay unchanged. The other starts are in `factorize`; those that
+    are taken from the weight are subtracted from the update.
 
     Args:
         layer: The layer to fill.
-        init: "kaiming" or "gaussian".
-        generator: Where the values come from.
+        base: The layer below.
+        config: Its settings, with `init`.
+        generator: Where random values come from.
+
+    Raises:
+        ConfigError: The start is made from more than the base layer.
 
     Source: LoRA, arXiv:2106.09685, sec. 4.1; loralib and PEFT for the uniform form.
     """
+    init = config.init
+    if init in (*DATA, "loftq"):
+        what = "batches of data" if init in DATA else "the weight before it was rounded"
+        raise ConfigError(
+            f"init {init!r} needs {what}, which a layer alone does not have",
+            where="adapter.init",
+            fix="graft.attach makes it",
+        )
     with torch.no_grad():
         if isinstance(layer, LoraEmbedding):
             layer.lora_embedding_A.zero_()
             layer.lora_embedding_B.normal_(generator=generator)
-            return
-        layer.lora_B.zero_()
-        rank, in_features = layer.lora_A.shape
-        if init == "gaussian":
-            layer.lora_A.normal_(std=1 / rank, generator=generator)
-        else:
-            bound = 1 / math.sqrt(in_features)
+        elif init == "gaussian":
+            layer.lora_B.zero_()
+            layer.lora_A.normal_(std=1 / len(layer.lora_A), generator=generator)
+        elif init == "kaiming":
+            bound = 1 / math.sqrt(layer.lora_A.shape[1])
+            layer.lora_B.zero_()
             layer.lora_A.uniform_(-bound, bound, generator=generator)
+        elif init == "orthogonal":
+            pair = orthogonal_factors(len(layer.lora_A), base.in_features, base.out_features, generator)
+            layer.begin_at(*pair, subtract=False)
+        else:
+            layer.begin_at(*_of_weight(layer, base, config, generator), subtract=True)
+
+
+def _of_weight(layer: LoraLinear, base: BaseLayer, config: Any, generator: torch.Generator) -> Factors:
+    weight = base.dense_weight()
+    if weight.is_meta:  # only shapes are asked for
+        return torch.zeros_like(layer.lora_A), torch.zeros_like(layer.lora_B)
+    if config.init == "olora":
+        return leading_columns_factors(weight, config.rank)
+    return principal_factors(
+        weight, config.rank, config.scaling, iterations=config.init_iterations, generator=generator
+    )

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from graft.adapters.settings import LowRankSettings, check_low_rank, check_placement
+from graft.adapters.settings import (
+    DATA,
+    ITERATED,
+    RANDOM,
+    SUBTRACTED,
+    LowRankSettings,
+    check_low_rank,
+    check_placement,
+    check_start,
+)
 from graft.adapters.trainable_tokens import check_tokens, row_shape
 from graft.dialects import explained
 from graft.errors import ConfigError, TargetError
@@ -40,8 +49,20 @@ class LoraConfig(LowRankSettings):
     """Layers taken out of target_modules, by the same rules."""
     layers: tuple[int, ...] | None = None
     """Numbers of the blocks that get adapters; null takes all."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """Start of lora_A: uniform within 1/sqrt(in_features), or normal with deviation 1/rank. B is zero."""
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "lora_ga"] = (
+        "kaiming"
+    )
+    """How the factors start. With B zero: A uniform within 1/sqrt(in_features) (kaiming), normal with
+    deviation 1/rank (gaussian), or the directions of the layer's inputs (eva). Random with a product of zero
+    (orthogonal). From the weight: its largest singular triplets (pissa), its first columns (olora), what its
+    rounding lost (loftq). Along the gradient of the whole weight (lora_ga). The base never changes."""
+    init_iterations: int | None = None
+    """For pissa, power iterations of a randomized SVD; null takes the exact one, which is slow. For loftq,
+    rounds; null is one."""
+    init_batches: int = 8
+    """How many batches of the training data eva and lora_ga look at."""
+    eva_rho: float = 2.0
+    """With eva a layer may get so many times its rank, and others less or none; 1 leaves all as they are."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead, so that large ranks are not damped (arXiv:2312.03732)."""
     modules_to_save: tuple[str, ...] = ()
@@ -59,11 +80,18 @@ class LoraConfig(LowRankSettings):
 
     def __post_init__(self) -> None:
         check_low_rank(self)
+        check_start(self, *RANDOM, *DATA, *ITERATED, "olora")
         check_placement(self)
         check_tokens(self.trainable_token_indices, "adapter.trainable_token_indices")
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigError(
                 f"bias {self.bias!r} is not known", where="adapter.bias", fix="none, all or lora_only"
+            )
+        if self.init in SUBTRACTED and (self.lora_bias or self.bias != "none"):
+            raise ConfigError(
+                f"init {self.init!r} is measured from a start, which layers with trained biases do not have",
+                where="adapter.init",
+                fix="leave bias and lora_bias out, or take init kaiming",
             )
         for name, set_ in (("bias", self.bias == "lora_only"), ("lora_bias", self.lora_bias)):
             if set_ and not self.target_modules:
@@ -91,7 +119,7 @@ class LowRank(Protocol):
 
     @property
     def init(self) -> str:
-        """Start of lora_A."""
+        """How both factors start."""
 
 
 ROWS = "token_adapter.trainable_tokens_delta"
@@ -155,7 +183,11 @@ class LoraMethod:
     def build_layer(
         self, base: BaseLayer, config: LowRank, generator: torch.Generator | None
     ) -> LoraLinear | LoraEmbedding | TokenRows:
-        """Make the layer module; without a generator its tensors are left to be filled from a file."""
+        """Make the layer module; without a generator its tensors are left to be filled.
+
+        Raises:
+            ConfigError: Its start is made from data or from another weight than the base's.
+        """
         if indices := rows_of(base, config):
             from graft.adapters.trainable_tokens_layer import TokenRows
 
@@ -174,5 +206,5 @@ class LoraMethod:
         else:
             layer = (LoraEmbedding if base.kind == "embedding" else LoraLinear)(*sizes)
         if generator is not None:
-            fill_lora(layer, config.init, generator)
+            fill_lora(layer, base, config, generator)
         return layer

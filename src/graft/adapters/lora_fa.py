@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from graft.adapters.lora import LoraMethod
-from graft.adapters.settings import LowRankSettings, check_low_rank, check_placement
+from graft.adapters.settings import LowRankSettings, check_low_rank, check_placement, check_start
 from graft.dialects import explained
 
 if TYPE_CHECKING:
@@ -42,9 +42,13 @@ class LoraFaConfig(LowRankSettings):
     """Layers taken out of target_modules, by the same rules."""
     layers: tuple[int, ...] | None = None
     """Numbers of the blocks that get adapters; null takes all."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """What lora_A is: uniform within 1/sqrt(in_features), or normal with deviation 1/rank. lora_B starts
-    at zero."""
+    init: Literal["kaiming", "gaussian", "eva"] = "kaiming"
+    """What lora_A is: uniform within 1/sqrt(in_features) (kaiming), normal with deviation 1/rank (gaussian),
+    or the directions of the layer's inputs (eva). lora_B starts at zero."""
+    init_batches: int = 8
+    """How many batches of the training data eva looks at."""
+    eva_rho: float = 2.0
+    """With eva a layer may get so many times its rank, and others less or none; 1 leaves all as they are."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead, so that large ranks are not damped (arXiv:2312.03732)."""
     modules_to_save: tuple[str, ...] = ()
@@ -56,6 +60,7 @@ class LoraFaConfig(LowRankSettings):
 
     def __post_init__(self) -> None:
         check_low_rank(self)
+        check_start(self, "kaiming", "gaussian", "eva")
         check_placement(self)
 
 

@@ -1,5 +1,8 @@
 """The LoRA layers: y = W x + scaling * B A x over a frozen linear, and the same over an embedding.
 
+Where both factors start at values of their own, B0 and A0, the update is scaling * (B A - B0 A0): the base
+stays what it is, and the first output is its own.
+
 Shapes: x (..., in), y (..., out), lora_A (rank, in), lora_B (out, rank); N is the number of rows of x.
 """
 
@@ -33,6 +36,11 @@ class LoraLinear(nn.Module):
     trains_A = True  # noqa: N815 - the tensor's name
     """Whether lora_A trains; LoRA-FA leaves it as it was drawn."""
 
+    start_A: Tensor | None  # noqa: N815 - beside lora_A
+    """A0 (rank, in), where the update is measured from a start that is not zero."""
+    start_B: Tensor | None  # noqa: N815 - beside lora_B
+    """B0 (out, rank), with it."""
+
     def __init__(
         self, in_features: int, out_features: int, rank: int, scaling: float, dropout: float = 0.0
     ) -> None:
@@ -41,6 +49,8 @@ class LoraLinear(nn.Module):
         self.dropout = dropout
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32))
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
 
     @property
     def num_parameters(self) -> int:
@@ -50,6 +60,33 @@ class LoraLinear(nn.Module):
     def tensors(self) -> dict[str, nn.Parameter]:
         """The trainable tensors by the names that PEFT files give them."""
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+
+    def begin_at(self, lora_A: Tensor, lora_B: Tensor, *, subtract: bool) -> None:
+        """Give the factors their first values.
+
+        Args:
+            lora_A: (rank, in).
+            lora_B: (out, rank).
+            subtract: Whether the update is measured from them, so that it starts at zero.
+        """
+        with torch.no_grad():
+            self.lora_A.copy_(lora_A)
+            self.lora_B.copy_(lora_B)
+            if subtract:
+                self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+    def start(self) -> dict[str, Tensor]:
+        """What the update is measured from, by name; empty where that is zero. It never trains."""
+        if self.start_A is None or self.start_B is None:
+            return {}
+        return {"start_A": self.start_A, "start_B": self.start_B}
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Two factors whose product is the update but for the scaling: A and B, or [A; A0] and [B, -B0]."""
+        if self.start_A is None or self.start_B is None:
+            return self.lora_A, self.lora_B
+        return _joined(self.lora_A, self.lora_B, self.start_A, self.start_B)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """Add the update to the base output.
@@ -68,7 +105,13 @@ class LoraLinear(nn.Module):
             x = x.to(base_output.dtype)
         fresh = is_fresh(base_output, base)
         x = self._dropped(x)
-        update: Tensor = LoraUpdate.apply(x, base_output, self.lora_A, self.lora_B, self.scaling, fresh)
+        pair = self.lora_A, self.lora_B
+        if self.start_A is not None:
+            update: Tensor = StartedUpdate.apply(
+                x, base_output, *pair, self.start_A, self.start_B, self.scaling, fresh
+            )
+        else:
+            update = LoraUpdate.apply(x, base_output, *pair, self.scaling, fresh)
         return update
 
     def begin(self, x: Tensor) -> Callable[[Tensor, BaseLayer], Tensor] | None:
@@ -82,6 +125,8 @@ class LoraLinear(nn.Module):
         Returns:
             The rest of `forward`, as a function of base_output and base; None where it must be done in one.
         """
+        if self.start_A is not None:
+            return None
         return begun_update(x, lambda: (self.lora_A, self.lora_B), self.scaling, self._dropped)
 
     def _dropped(self, x: Tensor) -> Tensor:
@@ -90,17 +135,18 @@ class LoraLinear(nn.Module):
     def reference_forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """The same in plain differentiable torch operations: what `forward` is tested against."""
         x = self._dropped(x.to(base_output.dtype))
-        down = functional.linear(x, self.lora_A.to(x.dtype))
-        return base_output + functional.linear(down, self.lora_B.to(x.dtype)) * self.scaling
+        lora_A, lora_B = self.factors
+        down = functional.linear(x, lora_A.to(x.dtype))
+        return base_output + functional.linear(down, lora_B.to(x.dtype)) * self.scaling
 
     def merged_weight(self, base: BaseLayer, weight: Tensor) -> Tensor:
-        """W + scaling * B A.
+        """W + scaling * B A, or W + scaling * (B A - B0 A0).
 
         Args:
             base: The layer below.
             weight: Its weight (out, in), fp32; not changed.
         """
-        return _folded(weight, self.lora_A, self.lora_B, self.scaling)
+        return _folded(weight, *self.factors, self.scaling)
 
 
 class LoraUpdate(Function):
@@ -137,6 +183,59 @@ class LoraUpdate(Function):
         needs_x, needs_base, needs_A, needs_B = ctx.needs_input_grad[:4]
         grad_x, grad_A, grad_B = _gradients(ctx, grad, needs_x, needs_A, needs_B)
         return grad_x, grad if needs_base else None, grad_A, grad_B, None, None
+
+
+class StartedUpdate(Function):
+    """base_output + scaling * (B A - B0 A0) x, where the second product does not train.
+
+    Both are made as one product of twice the rank, so that they cancel before anything is rounded to the
+    dtype of the output. Kept for backward: x, and both A x (N, 2 rank); the joined factors are made again.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0913 - two factors, and two they start at
+        ctx: Any,
+        x: Tensor,
+        base_output: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        start_A: Tensor,
+        start_B: Tensor,
+        scaling: float,
+        in_place: bool,
+    ) -> Tensor:
+        """As `LoraUpdate`, with A0 (rank, in) and B0 (out, rank)."""
+        with no_autocast(x.device.type):
+            both_A, both_B = _joined(lora_A, lora_B, start_A, start_B)
+            down = _down(x, both_A)
+            result = _with_update(base_output, down, both_B, scaling, in_place)
+        if in_place:
+            ctx.mark_dirty(base_output)
+        ctx.scaling, ctx.x_shape = scaling, x.shape
+        kept = x if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(kept, down, lora_A, lora_B, start_A, start_B)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients to x, base_output, lora_A and lora_B."""
+        x, down, lora_A, lora_B, start_A, start_B = ctx.saved_tensors
+        needs_x, needs_base, needs_A, needs_B = ctx.needs_input_grad[:4]
+        rank, grad_x, grad_A, grad_B = len(lora_A), None, None, None
+        with no_autocast(grad.device.type):
+            flat = grad.reshape(-1, len(lora_B)).to(down.dtype)
+            if needs_x:
+                both_A, both_B = _joined(lora_A, lora_B, start_A, start_B)
+                wide = (flat @ both_B.to(down.dtype)).mul_(ctx.scaling) @ both_A.to(down.dtype)
+                grad_x = wide.to(grad.dtype).view(ctx.x_shape)
+            if needs_A:
+                grad_down = (flat @ lora_B.to(down.dtype)).mul_(ctx.scaling)
+                given = x.reshape(-1, lora_A.shape[1]).to(down.dtype)
+                grad_A = (grad_down.t() @ given).to(lora_A.dtype)
+            if needs_B:
+                grad_B = (flat.t() @ down[:, :rank]).to(lora_B.dtype).mul_(ctx.scaling)
+        return grad_x, grad if needs_base else None, grad_A, grad_B, None, None, None, None
 
 
 class _LoraDown(Function):
@@ -217,6 +316,11 @@ def begun_update(
 def is_fresh(base_output: Tensor, base: BaseLayer) -> bool:
     """Whether a base output may be written into: a view, or what a hook may have kept, must not change."""
     return base.kind == "linear" and not base_output._is_view() and not base.module._forward_hooks
+
+
+def _joined(lora_A: Tensor, lora_B: Tensor, start_A: Tensor, start_B: Tensor) -> tuple[Tensor, Tensor]:
+    """[A; A0] (2 rank, in) and [B, -B0] (out, 2 rank), whose product is B A - B0 A0."""
+    return torch.cat([lora_A, start_A]), torch.cat([lora_B, -start_B], 1)
 
 
 def _down(x: Tensor, lora_A: Tensor) -> Tensor:

@@ -117,7 +117,8 @@ def merge(
 
     An adapter that was trained on a quantized base is folded into the dense original by default: that is the
     better base, though not the one it was trained with. Both choices are measured against the live quantized
-    model and reported.
+    model and reported. One that makes up for rounding (init "loftq") is folded into the dequantized weights
+    only.
 
     Args:
         adapter_dir: The adapter.
@@ -159,7 +160,7 @@ def merge(
         if exact:
             chosen, merged = "quantized", live
             untied = merge_into(live.model, adapter.name)
-        elif job.packed:
+        elif job.packed or (job.side is not None and job.side.makes_up):
             chosen = "dequantized"
             merged, untied = _folded(job, live, chosen)
         elif job.quantization is not None:
@@ -194,7 +195,11 @@ def merge(
             untied=untied,
             forced_base=adapter.forced_base,
             fingerprint=fingerprint,
-            notes=(*adapter.notes, *_advice(chosen, gaps, effect), *_told_of_codes(adapter, chosen)),
+            notes=(
+                *adapter.notes,
+                *_advice(chosen, gaps, effect, made_up=adapter.makes_up),
+                *_told_of_codes(adapter, chosen),
+            ),
         )
         write_json(partial / FILE, _certificate(job, report))
     return report
@@ -267,6 +272,7 @@ def _folded(job: _Job, live: BaseModel, into: str) -> tuple[BaseModel, bool]:
     decoded = make_dense(base.model)
     if into == "dequantized" and not decoded:
         decode_from(live.model, base.model)
+        base.model.graft_fingerprint = live.fingerprint  # its weights are those that the adapter knows
     name = job.with_adapter(base).name
     return base, merge_into(base.model, name)
 
@@ -291,12 +297,13 @@ def _gap(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
 
 
-def _advice(chosen: str, gaps: dict[str, float], effect: float) -> list[str]:
+def _advice(chosen: str, gaps: dict[str, float], effect: float, *, made_up: bool = False) -> list[str]:
     if not gaps:
         return []
     if len(gaps) == 1:
         (gap,) = gaps.values()
-        told = "the base is stored quantized: the adapter was folded into its decoded weights"
+        why = "its rounding is made up for" if made_up else "the base is stored quantized"
+        told = f"{why}: the adapter was folded into the decoded weights"
         if gap > effect / 2:
             told += (
                 f". Rounding them moves logits by {gap:.3g}, the adapter itself by {effect:.3g}: "

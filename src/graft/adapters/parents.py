@@ -64,10 +64,15 @@ class Parent:
 
     def layer(self, path: str) -> Any:
         """Its layer at a path, filled, in float64 on the CPU."""
-        config = self.opened.settings.config
-        layer: Any = method_of(config).build_layer(self.opened.targets[path], config.at(path), None)
+        whole = self.opened.settings.config
+        base, config, method = self.opened.targets[path], whole.at(path), method_of(whole)
+        layer: Any = method.build_layer(base, config, None)
+        restore = getattr(method, "restored", None)
         for leaf, tensor in layer.tensors().items():
-            tensor.data.copy_(self._read(f"{path}.{leaf}"))
+            value = self._read(f"{path}.{leaf}")
+            if restore is not None:
+                value = restore(base, config, leaf, value, str(self.directory / WEIGHTS))
+            tensor.data.copy_(value)
         if self.shared is not None:
             layer.share(self.shared)
         return layer.double()
@@ -145,6 +150,7 @@ def _open(model: nn.Module, told: Description) -> Parent:
             where=str(told.directory),
             fix="give an adapter with target_modules",
         )
+    _refuse_more_than_deltas(config, told)
     digest = tensors_digest((full_name(key), tensor.load()) for key, tensor in opened.stored.items())
     if told.side is not None and digest != told.side.tensors:
         raise AdapterError(
@@ -161,6 +167,23 @@ def _open(model: nn.Module, told: Description) -> Parent:
             fix="fold it into its base with graft merge; LoRA and other additive methods can be composed",
         )
     return parent
+
+
+def _refuse_more_than_deltas(config: Any, told: Description) -> None:
+    if told.side is not None and told.side.makes_up:
+        raise AdapterError(
+            "it makes up for the rounding of its base (init loftq): its delta is no change of the base",
+            where=str(told.directory / FILE),
+            fix="fold it into its base with graft merge",
+        )
+    for field in ("bias", "lora_bias", "trainable_token_indices"):
+        value = getattr(config, field, None)
+        if value not in (None, "none", False, ()):
+            raise AdapterError(
+                f"it trains more than deltas of weights: {field} is {value!r}",
+                where=str(told.directory / CONFIG),
+                fix="fold it into its base with graft merge",
+            )
 
 
 def _shared(config: Any, opened: Opened, file: Path) -> nn.Module | None:

@@ -27,6 +27,7 @@ from graft.adapters.foreign_files import is_foreign
 from graft.adapters.peft_config import directory_of, method_written, write_settings
 from graft.adapters.peft_open import CONFIG, check_task, describe, open_adapter, restored
 from graft.adapters.peft_tensors import WEIGHTS, check_base_copy, check_finite, full_name, read_tensors
+from graft.adapters.plain import plain_form
 from graft.adapters.side_file import (
     FILE,
     SideFile,
@@ -51,7 +52,9 @@ def save_adapter(
 ) -> Path:
     """Write an adapter as a directory that PEFT, vLLM and others load.
 
-    The same adapter gives the same bytes. An existing directory of that name is replaced as a whole.
+    The same adapter gives the same bytes. An existing directory of that name is replaced as a whole. Updates
+    that are measured from a start (init "pissa", "olora", "lora_ga") are written as a plain LoRA of twice the
+    rank over the original base.
 
     Args:
         model: The model that carries it.
@@ -84,6 +87,7 @@ def save_adapter(
         known.forced_base,
         dict(known.facts if facts is None else facts),
         "" if method_written(settings) == written.config.method else written.config.method,
+        known.makes_up,
     )
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     with new_directory(directory, replace=True, needed_bytes=size) as partial:
@@ -98,7 +102,7 @@ def _stored(model: nn.Module, known: Adapter) -> tuple[Adapter, Mapping[str, Ten
     tensors: dict[str, Tensor] = dict(adapter_tensors(model, known.name))
     store = getattr(method_of(known.config), "stored", None)
     if store is None:
-        return known, tensors
+        return plain_form(model, known)
     config, of_layers = store(adapted_layers(model, known.name), known.config)
     saved = {
         key: tensor

@@ -85,7 +85,8 @@ def _write_lora(config: Any, layers: Mapping[str, Any], targets: list[str]) -> d
         "lora_dropout": config.dropout,
         **written_patterns(config, layers),
         "use_rslora": config.use_rslora,
-        "init_lora_weights": True if config.init == "kaiming" else config.init,
+        # How it started no longer matters, and other tools would make the start again as they load it.
+        "init_lora_weights": config.init if config.init == "gaussian" else True,
         **({"qalora_group_size": config.group_size} if config.method == "qa_lora" else {}),
         "bias": getattr(config, "bias", "none"),
         "use_dora": config.method == "dora",

@@ -117,7 +117,7 @@ def open_adapter(model: nn.Module, told: Description) -> Opened:
     )
     stored = _without_tied_copy(model, settings, stored)
     try:
-        settings = _resolved(model, settings, stored)
+        settings = _resolved(model, settings, stored, "loftq" if told.side and told.side.makes_up else "")
         targets = select_targets(model, settings.selection, strict=False)
         expected = _expected_shapes(model, settings, targets, raw)
     except (TargetError, ConfigError) as error:
@@ -171,8 +171,10 @@ def _without_tied_copy(
     return {key: tensor for key, tensor in stored.items() if key != again}
 
 
-def _resolved(model: nn.Module, settings: PeftSettings, stored: dict[str, StoredTensor]) -> PeftSettings:
-    """The settings with PEFT's own ways of naming modules replaced by full paths.
+def _resolved(
+    model: nn.Module, settings: PeftSettings, stored: dict[str, StoredTensor], init: str
+) -> PeftSettings:
+    """The settings with PEFT's own ways of naming modules replaced by full paths, and how it started.
 
     Raises:
         TargetError: modules_to_save fits nothing, or a quantized module.
@@ -198,7 +200,11 @@ def _resolved(model: nn.Module, settings: PeftSettings, stored: dict[str, Stored
     selection = dataclasses.replace(selection, target_modules=targets, modules_to_save=saved)
     cleared = {name: value for name, value in _NO_TARGETS.items() if hasattr(settings.config, name)}
     config = dataclasses.replace(
-        settings.config, target_modules=targets, modules_to_save=saved, **({} if targets else cleared)
+        settings.config,
+        target_modules=targets,
+        modules_to_save=saved,
+        **({} if targets else cleared),
+        **({"init": init} if init else {}),
     )
     if selection.layers_pattern:  # ours has no such field: say the same in paths
         found = tuple(select_targets(model, selection, strict=False))

@@ -57,6 +57,66 @@ def check_low_rank(config: Any) -> None:
         check_alpha(pair(item, "adapter.alpha_pattern")[1], "adapter.alpha_pattern")
 
 
+RANDOM = ("kaiming", "gaussian", "orthogonal")
+"""Starts that are drawn."""
+
+DATA = ("eva", "lora_ga")
+"""Starts that are made from batches of data."""
+
+SUBTRACTED = ("pissa", "olora", "lora_ga")
+"""Starts that are not zero, from which the update is measured."""
+
+ITERATED = ("pissa", "loftq")
+"""Starts that init_iterations acts on."""
+
+
+def check_start(config: Any, *starts: str) -> None:
+    """Check how an adapter starts, and the fields of that.
+
+    Args:
+        config: Settings with an init; the fields that act on some of its values may be missing.
+        starts: What init may be for this method.
+
+    Raises:
+        ConfigError: The method has no such start, or a field cannot act.
+    """
+    init, method = config.init, config.method
+    if init not in starts:
+        known = init in (*RANDOM, *DATA, *ITERATED, "olora")
+        told = f"init {init!r} is not for {method}" if known else f"init {init!r} is unknown"
+        fix = f"one of: {', '.join(starts)}" + ("; or method lora, which has it" if known else "")
+        raise ConfigError(told, where="adapter.init", fix=fix)
+    for field, acting, least in (
+        ("init_iterations", ITERATED, 0 if init == "pissa" else 1),
+        ("init_batches", DATA, 1),
+        ("eva_rho", ("eva",), 1.0),
+    ):
+        value: Any = getattr(config, field, None)
+        free = getattr(type(config), field, None)
+        if value == free:
+            continue
+        if init not in acting:
+            raise ConfigError(
+                f"{field} {value!r} cannot act: init is {init!r}",
+                where=f"adapter.{field}",
+                fix=f"leave it out; it acts on {' and '.join(acting)}",
+            )
+        if not is_number(value) or value < least or (field != "eva_rho" and value != int(value)):
+            kind = "a number" if field == "eva_rho" else "a whole number"
+            raise ConfigError(
+                f"{field} {value!r} is not {kind} from {least:g}",
+                where=f"adapter.{field}",
+                fix=f"leave it out for {free!r}",
+            )
+
+
+def without_start(config: Any) -> Any:
+    """Settings of an adapter that starts as it does without a word about it."""
+    names = ("init", "init_iterations", "init_batches", "eva_rho")
+    free = {field.name: field.default for field in dataclasses.fields(config) if field.name in names}
+    return dataclasses.replace(config, **free)
+
+
 def check_rank(rank: float, where: str) -> None:
     """Check that a rank is a whole number in range.
 

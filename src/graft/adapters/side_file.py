@@ -35,6 +35,8 @@ class SideFile:
     facts: dict[str, Any] = field(default_factory=dict)
     method: str = ""
     """The adapter method, where adapter_config.json alone would be taken for another one."""
+    makes_up: bool = False
+    """Whether it makes up for the rounding of its base: on another quantization it is another function."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, in a fixed order."""
@@ -46,6 +48,7 @@ class SideFile:
             "forced_base": self.forced_base,
             "facts": self.facts,
             **({"method": self.method} if self.method else {}),
+            **({"makes_up": True} if self.makes_up else {}),
         }
 
 
@@ -85,6 +88,7 @@ def read_side_file(directory: Path) -> SideFile | None:
         raw.get("forced_base") is True,
         facts,
         str(raw.get("method", "")),
+        raw.get("makes_up") is True,
     )
 
 
@@ -134,7 +138,8 @@ def check_base(
         Whether another base was accepted, and what to tell the user.
 
     Raises:
-        FingerprintError: Weights or tokenizer differ and `force` is not set.
+        FingerprintError: Weights or tokenizer differ, or the quantization that the adapter makes up for, and
+            `force` is not set.
     """
     if side is None:
         return False, [
@@ -144,7 +149,8 @@ def check_base(
         return False, [f"{directory.name} was composed of adapters that do not say which base they belong to"]
     here = base_fingerprint(model)
     differ = [part for part in side.base.differences(here) if _comparable(part, side.base, here)]
-    vital = [part for part in differ if part in ("weights", "tokenizer")]
+    binding = ("weights", "tokenizer", *(("quantization",) if side.makes_up else ()))
+    vital = [part for part in differ if part in binding]
     notes = [
         f"{part.replace('_', ' ')}: {_part(side.base, part)} in training, {_part(here, part)} now"
         for part in differ
@@ -154,8 +160,9 @@ def check_base(
         return False, notes
     told = ", ".join(f"{part} {_part(side.base, part)} then, {_part(here, part)} now" for part in vital)
     if not force:
+        made_for = " and makes up for its rounding" if "quantization" in vital else ""
         raise FingerprintError(
-            f"the adapter belongs to base {side.base.short}, this base is {here.short} ({told})",
+            f"the adapter belongs to base {side.base.short}{made_for}, this base is {here.short} ({told})",
             where=str(directory),
             fix="load the base it was trained on, or insist with force_base=True (--force-base)",
         )

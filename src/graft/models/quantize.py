@@ -53,6 +53,9 @@ COMPANIONS = (
 """Files that go with a model, by name: tokenizer, templates, generation settings, lineage, licences."""
 
 
+Rounding = Callable[[str, Tensor, QuantizationConfig], QuantizedTensor]
+"""Quantizes the weight (out_features, in_features) of the linear at a path."""
+
 _MOST_PARTS = 8
 _MAX_HEADER_BYTES = 2 * 2**20
 
@@ -80,7 +83,8 @@ class QuantizedDirectory:
     dense_bytes: int = 0
     """What everything else takes."""
     source_weights: str = ""
-    """Digest of the tensors that were read: of the base, and of the directory when it is loaded."""
+    """Digest of the tensors that were read: of the base, and of the directory when it is loaded unless it is
+    a base of its own."""
     weights: str = ""
     """Digest of the tensors that were written."""
     companions: tuple[str, ...] = ()
@@ -115,6 +119,7 @@ def quantize(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
+    rounding: Rounding | None = None,
 ) -> QuantizedDirectory:
     """Quantize a model directory into a smaller one that loads without being quantized again.
 
@@ -129,6 +134,8 @@ def quantize(
         overwrite: Whether a model directory of that name is replaced, once the new one is whole.
         max_shard_bytes: Size at which a new file is begun.
         progress: Called with (bytes read, bytes in all) after each tensor.
+        rounding: Quantizes in place of the plain way. What it makes is a base of its own: the directory does
+            not say that it stands for the dense model.
 
     Returns:
         Sizes and digest.
@@ -149,8 +156,8 @@ def quantize(
             fix="give the original model",
         )
     out = Path(out)
-    _check_place(out, path, overwrite)
-    plan = _Plan.of(path, settings)
+    check_place(out, path, overwrite)
+    plan = _Plan.of(path, settings, rounding)
     source = os.fspath(name) if os.fspath(name) == BUILTIN else rooted_name(name)
     report = QuantizedDirectory(
         directory=out,
@@ -169,7 +176,8 @@ def quantize(
             report.source_weights = stream.digest()
         report.companions = tuple(_copy_companions(path, partial))
         report.weights = digest.hexdigest()
-        source_digests = {SOURCE: {"weights": report.source_weights, "stored": report.weights}}
+        digests = {"weights": report.source_weights, "stored": report.weights}
+        source_digests = {SOURCE: digests} if rounding is None else {}
         raw = read_json(path / "config.json")
         quantization = {"quantization_config": {**plan.described(), **source_digests}}
         write_json(partial / "config.json", {**raw, **quantization})
@@ -189,7 +197,17 @@ def _settings(config: QuantizationConfig | str) -> QuantizationConfig:
     return QuantizationConfig(quant_type=config)  # type: ignore[arg-type]
 
 
-def _check_place(out: Path, source: Path, overwrite: bool) -> None:
+def check_place(out: Path, source: Path, overwrite: bool) -> None:
+    """Refuse a place where a model directory may not be made.
+
+    Args:
+        out: The place.
+        source: Directory of the model that is read.
+        overwrite: Whether a model directory there is replaced.
+
+    Raises:
+        StorageError: Something is there.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if out.resolve() == source.resolve():
@@ -217,9 +235,10 @@ class _Plan:
     """Paths of the linears to quantize."""
     layout: str
     settings: QuantizationConfig
+    rounding: Rounding | None
 
     @staticmethod
-    def of(path: Path, settings: QuantizationConfig) -> _Plan:
+    def of(path: Path, settings: QuantizationConfig, rounding: Rounding | None) -> _Plan:
         stored = open_checkpoint(path)
         model = build_empty(read_config(path), _main_dtype(stored), path)
         fills = plan_fills(model, stored)
@@ -232,7 +251,8 @@ class _Plan:
             check_complete(model, expected, known, stored, path)
         targets = frozenset(select_linears(model, settings))
         theirs = settings.quant_type in bitsandbytes_files.QUANT_TYPES and not layouts
-        return _Plan(model, stored, fills, targets, "bitsandbytes" if theirs else "graft", settings)
+        layout = "bitsandbytes" if theirs else "graft"
+        return _Plan(model, stored, fills, targets, layout, settings, rounding)
 
     def sources(self) -> list[StoredTensor]:
         return [source for fill in self.fills for source in fill.in_order()]
@@ -267,6 +287,8 @@ class _Plan:
         if weight.dtype not in FLOATS.values():
             weight = weight.to(torch.float32)
         try:
+            if self.rounding is not None:
+                return self.rounding(path, weight, self.settings)
             return quantize_tensor(weight, self.settings, where=path)
         except QuantError as error:
             raise ModelError(error.what, where=source.where, fix=error.fix) from error

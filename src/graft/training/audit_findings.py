@@ -13,7 +13,7 @@ from torch import nn
 
 from graft.adapters.adapted import AdaptedLayer
 from graft.adapters.attached import Adapter, active_adapters, adapter_modules, adapter_tensors, adapters_of
-from graft.adapters.effect import adapted_layers, asked_tensors, factors
+from graft.adapters.effect import adapted_layers, asked_tensors, cancels, factors
 from graft.adapters.targets import block_number
 from graft.models.experts import Experts
 from graft.training.optim import Optimizer
@@ -161,7 +161,10 @@ def _adapter_defects(subject: Subject) -> list[Finding]:
     pairs = {path: pair for path, layer in layers.items() if (pair := factors(layer)) is not None}
     acting = {path: [bool(part.any()) for part in pair] for path, pair in pairs.items()}
     silent = [path for path, layer in layers.items() if getattr(layer, "scaling", 1.0) == 0.0]
-    eager = [path for path, both in acting.items() if all(both) and subject.fresh]
+    starts_at_zero = subject.fresh and not made.makes_up
+    eager = [
+        path for path, both in acting.items() if all(both) and starts_at_zero and not cancels(*pairs[path])
+    ]
     return findings(
         (f"adapter {made.name!r} does not act", asleep, "set_active or a context manager left it out"),
         (
@@ -172,7 +175,7 @@ def _adapter_defects(subject: Subject) -> list[Finding]:
         (
             "updates do not start at zero",
             eager,
-            "lora_A and lora_B are both random: the run would start from another model than the base",
+            "neither factor is zero, nor their product: the run would start from another model than the base",
         ),
         ("updates are scaled by zero", silent, "scaling was changed after the adapter was attached"),
         (

@@ -88,7 +88,7 @@ def run_from_config(config: RunConfig, monitor: Monitor | None = None) -> Run:
         config = within_context(config, model_config, monitor)
         train_data, eval_data = prepare_data(config, monitor)
         base = load_base(config, monitor, train_data.labels)
-        attach_adapter(base, config)
+        attach_adapter(base, config, train_data, monitor)
     return _run(base, config, train_data, eval_data, monitor)
 
 
@@ -132,8 +132,9 @@ def resume(
             train_data, eval_data = prepare_data(config, monitor)
             in_memory = record.get("start") == IN_MEMORY
             base = load_base(config, monitor, train_data.labels, in_memory=in_memory)
-            attach_adapter(base, config)
             checkpoint = newest_checkpoint(run, monitor.say)
+            stored = None if checkpoint is None else checkpoint.trained
+            attach_adapter(base, config, train_data, monitor, stored)
             identity = _identity(config, base, train_data, eval_data)
             now = binding_settings(config) | identity
             for told in allow(record, checkpoint, now, allow_changes, str(path)):

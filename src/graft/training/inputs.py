@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from graft.adapters.attach import attach
+import torch
+from torch import Tensor, nn
+
+from graft.adapters.attach import install, selection_of
 from graft.adapters.attached import Adapter, num_base_parameters
+from graft.adapters.data_starts import IGNORED, Pass
+from graft.adapters.settings import DATA, RANDOM
+from graft.adapters.starts import SUBTRACTED, stored_starts
+from graft.adapters.targets import select_targets
 from graft.data.classes import ClassReader
+from graft.data.loader import Batch
 from graft.data.preferences import PLAIN, prepare_pairs
 from graft.data.prepare import Dataset, prepare_splits
 from graft.data.report import shorten_sample
 from graft.errors import ConfigError
+from graft.evaluate.loss import token_losses
 from graft.models.architecture import context_tokens
 from graft.models.classifier import HEAD, as_classifier, is_classifier, labels_of
 from graft.models.load import BaseModel, load, load_tokenizer
 from graft.models.locate import rooted_name
 from graft.quant.advice import advice
 from graft.quant.linear import quantized_modules
+from graft.training.choices import make_loader, objective
 from graft.training.config import RunConfig
 from graft.training.monitors import Monitor
 
@@ -156,14 +167,58 @@ def load_base(
     return base
 
 
-def attach_adapter(base: BaseModel, config: RunConfig) -> None:
-    """Put the adapter that the configuration asks for on a base; a classifier's head trains with it."""
+def attach_adapter(
+    base: BaseModel,
+    config: RunConfig,
+    data: Dataset,
+    monitor: Monitor,
+    stored: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Put the adapter that the configuration asks for on a base; a classifier's head trains with it.
+
+    Args:
+        base: The base.
+        config: The configuration.
+        data: What it is trained on, for starts that look at it.
+        monitor: Who is told.
+        stored: The adapter's tensors from a checkpoint, from which its start is taken.
+    """
     wanted: Any = config.adapter
     if wanted is None:
         return
     if config.task == "classification" and HEAD not in wanted.modules_to_save:
         wanted = dataclasses.replace(wanted, modules_to_save=(*wanted.modules_to_save, HEAD))
-    attach(base.model, wanted, seed=config.training.seed)
+    selection = selection_of(wanted)
+    starts = None
+    if stored is not None:
+        starts = stored_starts(wanted, tuple(select_targets(base.model, selection)), stored)
+    looks = starts is None and getattr(wanted, "init", "") in DATA
+    batches = passes(base, config, data) if looks else None
+    begun = time.perf_counter()
+    made = install(
+        base.model, wanted, selection, "default", seed=config.training.seed, batches=batches, starts=starts
+    )
+    if starts is None and getattr(wanted, "init", "kaiming") not in RANDOM:
+        saved = "; saved as a plain LoRA of twice the rank" if wanted.init in SUBTRACTED else ""
+        monitor.say(f"init {wanted.init}: made in {time.perf_counter() - begun:.1f} s{saved}")
+    for note in made.notes:
+        monitor.say(note)
+
+
+def passes(base: BaseModel, config: RunConfig, data: Dataset) -> Iterator[Pass]:
+    """The first batches of the training data, for a start that looks at them."""
+    learned = objective(config, data)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base.model.to(device)
+
+    def of(batch: Batch) -> Pass:
+        def loss(model: nn.Module) -> Tensor:
+            return token_losses(model, batch)[0] if learned is None else learned.loss(model, batch)
+
+        return Pass(loss, None if config.task == "classification" else batch.labels != IGNORED)
+
+    for batch in make_loader(data, config, base, train=True).epoch(0):
+        yield of(batch.to(device))
 
 
 def check_labels(base: BaseModel, data: Dataset, adapter: Adapter | None) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from graft.adapters.attach import install
 from graft.adapters.attached import Adapter, all_tensors
+from graft.adapters.starts import stored_starts
 from graft.adapters.targets import Selection
 from graft.errors import ConfigError, TrainingError
 from graft.evaluate.loss import evaluate_loss
@@ -52,8 +53,14 @@ def check_dense_base(config: RunConfig, path: Path) -> None:
         path: Directory of the base.
 
     Raises:
-        ConfigError: The base is stored quantized.
+        ConfigError: The base is stored quantized, or the adapter makes up for its rounding.
     """
+    if config.training.recovery_steps and getattr(config.adapter, "init", "") == "loftq":
+        raise ConfigError(
+            "init 'loftq' makes up for the rounding of the base, which the dense base does not have",
+            where="training.recovery_steps",
+            fix="leave recovery_steps out, or adapter.init",
+        )
     if config.training.recovery_steps and (method := stored_method(path)):
         raise ConfigError(
             f"{config.model.name} is stored quantized by {method}: there is no dense base to recover on",
@@ -123,7 +130,10 @@ def to_dense_base(base: BaseModel, config: RunConfig, adapter: Adapter, monitor:
             fix="restore the files, then resume the run",
         )
     selection = Selection(adapter.targets, modules_to_save=adapter.saved_modules)
-    made = install(dense.model, adapter.config, selection, adapter.name, seed=None, strict=False)
+    starts = stored_starts(adapter.config, adapter.targets, values)
+    made = install(
+        dense.model, adapter.config, selection, adapter.name, seed=None, strict=False, starts=starts
+    )
     made.forced_base, made.facts = adapter.forced_base, adapter.facts
     copy_into(all_tensors(dense.model, adapter.name), values, "the quantized phase")
     base.model, base.fingerprint = dense.model, dense.fingerprint

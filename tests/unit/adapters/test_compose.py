@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import graft.models.load as models
 from graft.adapters import deltas, sparsify
+from graft.adapters.adalora import AdaLoraConfig
 from graft.adapters.attach import attach
-from graft.adapters.attached import fixed_tensors, trained_tensors
+from graft.adapters.attached import adapter_modules, adapter_tensors, fixed_tensors, trained_tensors
 from graft.adapters.compose import ComposeReport, compose
 from graft.adapters.composition import OPERATIONS, ComposeConfig
 from graft.adapters.dora import DoraConfig
@@ -685,3 +686,44 @@ def test_every_operation_was_tried(pair: list[Path], tmp_path: Path) -> None:
         assert report.num_parameters == sum(
             t.numel() for t in load_file(tmp_path / operation / "adapter_model.safetensors").values()
         )
+
+
+@pytest.mark.parametrize("field", ["bias", "lora_bias", "trainable_token_indices"])
+def test_what_is_no_delta_of_a_weight_is_refused(
+    field: str, tiny_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    value: Any = {"bias": "all", "lora_bias": True, "trainable_token_indices": (3, 4)}[field]
+    base = models.load(tiny_dir("gpt2"))
+    attach(base.model, LoraConfig(rank=2, target_modules=("c_fc",), **{field: value}))
+    for tensor in adapter_tensors(base.model).values():
+        torch.nn.init.normal_(tensor)
+    save_adapter(base.model, tmp_path / "one")
+    with pytest.raises(AdapterError, match=f"more than deltas of weights: {field} is"):
+        compose([tmp_path / "one"], ComposeConfig(operation="negate"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adalora_is_composed_at_the_ranks_that_are_left(
+    tiny_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = models.load(tiny_dir("llama"))
+    attach(base.model, AdaLoraConfig(target_modules=("q_proj",), rank=4, target_rank=2))
+    layers = [module.adapters["default"] for module in adapter_modules(base.model).values()]
+    with torch.no_grad():
+        for layer in layers:
+            for tensor in layer.tensors().values():
+                tensor.normal_()
+            layer.lora_E[1] = 0
+    wanted = [
+        module.adapters["default"].merged_weight(module.base, torch.zeros_like(module.base.dense_weight()))
+        for module in adapter_modules(base.model).values()
+    ]
+    save_adapter(base.model, tmp_path / "one")
+    compose([tmp_path / "one"], ComposeConfig(operation="scale", weights=(2.0,)), tmp_path / "out")
+    fresh = models.load(tiny_dir("llama"))
+    load_adapter(fresh.model, tmp_path / "out")
+    for module, delta in zip(adapter_modules(fresh.model).values(), wanted, strict=True):
+        found = module.adapters[next(iter(module.adapters))].merged_weight(
+            module.base, torch.zeros_like(module.base.dense_weight())
+        )
+        torch.testing.assert_close(found, 2 * delta, rtol=1e-5, atol=1e-5)

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from graft.adapters.adapted import AdaptedLayer
 from graft.adapters.initializers import fill_lora, generator_for
-from graft.adapters.lora_layer import LoraEmbedding, LoraLinear, LoraUpdate
+from graft.adapters.lora import LoraConfig
+from graft.adapters.lora_layer import LoraEmbedding, LoraLinear, LoraUpdate, StartedUpdate
 from graft.models.layers import BaseLayer
 
 
@@ -69,11 +70,26 @@ def test_gradients_in_float64(in_place: bool) -> None:
     assert torch.autograd.gradcheck(update, given)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_gradients_of_started_updates_in_float64(in_place: bool) -> None:
+    start = torch.randn(2, 5, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+
+    def update(x: torch.Tensor, base: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return StartedUpdate.apply(x, base * 1.0, a, b, *start, 0.7, in_place)
+
+    shapes = ((2, 3, 5), (2, 3, 4), (2, 5), (4, 2))
+    given = tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    assert torch.autograd.gradcheck(update, given)
+
+
 @pytest.mark.parametrize("kind", LINEARS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backward_equals_plain_autograd(kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("started", [False, True])
+def test_backward_equals_plain_autograd(kind: str, dtype: torch.dtype, started: bool) -> None:
     adapted = over(LINEARS[kind]().to(dtype))
     layer: Any = adapted.adapters["default"]
+    if started:
+        layer.start_A, layer.start_B = (0.3 * torch.randn(t.shape) for t in (layer.lora_A, layer.lora_B))
     weights = torch.randn(2, 5, 6, dtype=dtype)
     results = []
     for path in (layer.forward, layer.reference_forward):
@@ -93,10 +109,39 @@ def test_backward_equals_plain_autograd(kind: str, dtype: torch.dtype) -> None:
 def test_first_gradient_reaches_B_only() -> None:
     adapted = over(nn.Linear(8, 6))
     layer: Any = adapted.adapters["default"]
-    fill_lora(layer, "kaiming", generator_for(0, "x"))
+    fill_lora(layer, adapted.base, LoraConfig(), generator_for(0, "x"))
     adapted(torch.randn(4, 8)).square().sum().backward()
     assert float(layer.lora_A.grad.abs().max()) == 0
     assert float(layer.lora_B.grad.abs().max()) > 0
+
+
+@pytest.mark.parametrize("kind", LINEARS)
+def test_an_update_is_measured_from_its_start(kind: str) -> None:
+    adapted = over(LINEARS[kind]())
+    layer: Any = adapted.adapters["default"]
+    a, b = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
+    x = torch.randn(2, 5, 8)
+    layer.begin_at(a, b, subtract=True)
+    torch.testing.assert_close(adapted(x), adapted.base_layer(x), atol=1e-6, rtol=1e-6)
+    layer.lora_A.data *= 2
+    expected = adapted.base_layer(x) + 0.7 * x @ (b @ a).T
+    torch.testing.assert_close(adapted(x), expected, atol=1e-5, rtol=1e-5)
+    weight = adapted.base.dense_weight()
+    merged = layer.merged_weight(adapted.base, weight)
+    torch.testing.assert_close(merged, weight + 0.7 * b @ a, atol=1e-6, rtol=1e-6)
+    assert torch.equal(layer.start_A, a)
+    assert torch.equal(layer.start_B, b)
+
+
+def test_backward_from_a_start_keeps_no_joined_factor() -> None:
+    adapted = over(nn.Linear(8, 6), rank=3)
+    layer: Any = adapted.adapters["default"]
+    layer.begin_at(layer.lora_A.detach(), layer.lora_B.detach(), subtract=True)
+    kept: list[tuple[int, ...]] = []
+    x = torch.randn(2, 5, 8)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        adapted(x)
+    assert sorted(kept) == sorted([(2, 5, 8), (10, 6), (3, 8), (6, 3), (3, 8), (6, 3)])
 
 
 def test_backward_keeps_the_input_and_nothing_of_the_size_of_the_output() -> None:
@@ -190,8 +235,9 @@ def test_embedding_changes_only_rows_with_an_update_and_keeps_the_padding_row() 
 @torch.no_grad()
 def test_first_values() -> None:
     linear, wide = LoraLinear(4096, 5, 4, 1.0), LoraLinear(4096, 5, 4, 1.0)
-    fill_lora(linear, "kaiming", generator_for(0, "a"))
-    fill_lora(wide, "gaussian", generator_for(0, "a"))
+    base: Any = BaseLayer.of(nn.Linear(4096, 5))
+    fill_lora(linear, base, LoraConfig(), generator_for(0, "a"))
+    fill_lora(wide, base, LoraConfig(init="gaussian"), generator_for(0, "a"))
     bound = 1 / 64
     assert float(linear.lora_A.abs().max()) <= bound
     # Deviation of a uniform law: bound / sqrt(3); of 16384 samples to 2 percent.
@@ -199,7 +245,7 @@ def test_first_values() -> None:
     assert float(wide.lora_A.std()) == pytest.approx(1 / 4, rel=0.02)
     assert float(linear.lora_B.abs().max()) == float(wide.lora_B.abs().max()) == 0
     embedding = LoraEmbedding(7, 4096, 4, 1.0)
-    fill_lora(embedding, "kaiming", generator_for(0, "a"))
+    fill_lora(embedding, base, LoraConfig(), generator_for(0, "a"))
     assert float(embedding.lora_embedding_A.abs().max()) == 0
     assert float(embedding.lora_embedding_B.std()) == pytest.approx(1, rel=0.02)
 

@@ -41,8 +41,8 @@ def test_dtype_of_full_fine_tuning(losses: Callable[..., list[float]]) -> None:
 def test_seed_decides_the_dropout(
     losses: Callable[..., list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = inputs.attach
-    monkeypatch.setattr(inputs, "attach", lambda model, config, seed: real(model, config, seed=0))
+    real = inputs.install
+    monkeypatch.setattr(inputs, "install", lambda *what, **how: real(*what, **{**how, "seed": 0}))
     # The same start and order for both seeds; lora_B begins at zero, so dropout is seen in the second loss.
     words = ("adapter.rank=2", "adapter.dropout=0.5", "training.learning_rate=0.1")
     one, again, two = (losses(*words, f"training.seed={seed}") for seed in (1, 1, 2))
