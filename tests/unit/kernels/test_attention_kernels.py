@@ -184,3 +184,13 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         call("attention_backward", grad[:, :5], q, k, v, None, output, sums, scale=1.0)
     with pytest.raises(ModelError, match="sums"):
         call("attention_backward", grad, q, k, v, None, output, sums.double(), scale=1.0)
+
+
+def test_scores_that_grow_from_one_part_of_the_keys_to_the_next(tier: str) -> None:
+    q, k, v, _ = operands((1, 2, 2, 1300, 16))
+    k = k * torch.linspace(0.01, 200, 1300).bfloat16()[:, None]
+    output, sums = compiled.attention(q, k, v, None, scale=1.0)
+    wanted, logarithms = reference.attention(q.float(), k.float(), v.float(), None, scale=1.0)
+    assert float(logarithms.max()) > 100
+    assert gap(output, wanted) < 4 * ROUNDING
+    torch.testing.assert_close(sums, logarithms, rtol=1e-4, atol=1e-3)
