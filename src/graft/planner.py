@@ -15,6 +15,7 @@ from torch import nn
 
 from graft.adapters.attached import adapter_modules
 from graft.evaluate.loss import CHUNK_LOGITS
+from graft.kernels.cpu.elementwise import is_compiled
 from graft.kernels.wide import PART_ELEMENTS, is_wide
 from graft.models.families import family_of, layer_index
 from graft.models.layers import BaseLayer
@@ -60,6 +61,8 @@ class Shapes:
     """Memory in which weights are decoded or made wide."""
     activation_bytes: int
     """Of a number in activations."""
+    logit_bytes: int
+    """Of a logit while the loss of its token is taken."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +146,11 @@ def shapes_of(model: Any, trained: Mapping[str, nn.Parameter]) -> Shapes:
         num_blocks=len(blocks),
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
-        **_block(model, config),
+        **_block(model, config, wide=wide),
         scratch_bytes=scratch,
         activation_bytes=dtype.itemsize,
+        # Logits and their gradient, where it is padded that once more; their copy in float32 without a kernel.
+        logit_bytes=3 * dtype.itemsize + (0 if is_compiled(any_tensor) else 4),
     )
 
 
@@ -158,7 +163,7 @@ def _adapter_tensors(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def _block(model: Any, config: Any) -> dict[str, int]:
+def _block(model: Any, config: Any, *, wide: bool) -> dict[str, int]:
     """What a block keeps of a token, and its widest tensors, by field of `Shapes`."""
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -172,12 +177,15 @@ def _block(model: Any, config: Any) -> dict[str, int]:
         if hasattr(layer, "lora_A")
     }
     outside = max(config.hidden_size, heads * size)
+    down = sum(ranks.values())  # x A' is of the dtype of products
+    inside = sum(rank for path, rank in ranks.items() if path.rpartition(".")[2] in GATED)
     return {
         # Two residuals; q, k, v, attention's output; gate and up, or the two sides of the activation.
-        "block_numbers": 2 * config.hidden_size + 2 * heads * size + 2 * keys * size + 2 * inner,
-        "block_float32": heads + sum(ranks.values()),
-        "mlp_numbers": 2 * inner,
-        "mlp_float32": sum(rank for path, rank in ranks.items() if path.rpartition(".")[2] in GATED),
+        "block_numbers": 2 * (config.hidden_size + heads * size + keys * size + inner)
+        + (0 if wide else down),
+        "block_float32": heads + (down if wide else 0),
+        "mlp_numbers": 2 * inner + (0 if wide else inside),
+        "mlp_float32": inside if wide else 0,
         "widest": max(inner, outside),
         "widest_outside": outside,
     }
@@ -205,8 +213,7 @@ def predict(
         activations += AHEAD_BYTES
     activations += step.rows * step.tokens**2 if step.packed else 0
     chunk = min(tokens * step.labelled, CHUNK_LOGITS // shapes.vocabulary)
-    # The logits, their float32 copy, their gradient and, where it is padded, that once more.
-    logits = int(chunk * shapes.vocabulary * (4 + 3 * shapes.activation_bytes))
+    logits = int(chunk * shapes.vocabulary * shapes.logit_bytes)
     widest = tokens * shapes.widest
     if step.mlp_tile is not None:
         widest = max(min(tokens, step.mlp_tile) * shapes.widest, tokens * shapes.widest_outside)
