@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from graft.adapters.attached import adapter_modules
@@ -138,6 +139,7 @@ def shapes_of(model: Any, trained: Mapping[str, nn.Parameter]) -> Shapes:
     quantized = [layer for layer in layers if layer.quantized]
     largest = max((layer.in_features * layer.out_features for layer in quantized), default=0)
     wide = is_wide(dtype, any_tensor.device.type)
+    kernel = any_tensor.device.type in ("cpu", "meta") and is_compiled(torch.empty(0, dtype=dtype))
     scratch = 4 * PART_ELEMENTS if wide else largest * dtype.itemsize
     return Shapes(
         base_bytes=sum(tensor.numel() * tensor.element_size() for tensor in base),
@@ -149,8 +151,8 @@ def shapes_of(model: Any, trained: Mapping[str, nn.Parameter]) -> Shapes:
         **_block(model, config, wide=wide),
         scratch_bytes=scratch,
         activation_bytes=dtype.itemsize,
-        # Logits and their gradient, where it is padded that once more; their copy in float32 without a kernel.
-        logit_bytes=3 * dtype.itemsize + (0 if is_compiled(any_tensor) else 4),
+        # Logits, their gradient and, where it is padded, that once more; a float32 copy without a kernel.
+        logit_bytes=3 * dtype.itemsize + (0 if kernel else 4),
     )
 
 
@@ -177,15 +179,15 @@ def _block(model: Any, config: Any, *, wide: bool) -> dict[str, int]:
         if hasattr(layer, "lora_A")
     }
     outside = max(config.hidden_size, heads * size)
-    down = sum(ranks.values())  # x A' is of the dtype of products
+    down = sum(ranks.values())
     inside = sum(rank for path, rank in ranks.items() if path.rpartition(".")[2] in GATED)
+    plain = 0 if wide else 1  # x A' is of the dtype of products
     return {
         # Two residuals; q, k, v, attention's output; gate and up, or the two sides of the activation.
-        "block_numbers": 2 * (config.hidden_size + heads * size + keys * size + inner)
-        + (0 if wide else down),
-        "block_float32": heads + (down if wide else 0),
-        "mlp_numbers": 2 * inner + (0 if wide else inside),
-        "mlp_float32": inside if wide else 0,
+        "block_numbers": 2 * (config.hidden_size + heads * size + keys * size + inner) + plain * down,
+        "block_float32": heads + (1 - plain) * down,
+        "mlp_numbers": 2 * inner + plain * inside,
+        "mlp_float32": (1 - plain) * inside,
         "widest": max(inner, outside),
         "widest_outside": outside,
     }
