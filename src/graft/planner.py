@@ -48,12 +48,12 @@ class Shapes:
     vocabulary: int
     block_numbers: int
     """Numbers of a token that one block keeps for the backward pass, in the dtype of activations."""
-    block_float32: int
-    """Numbers of a token that one block keeps in float32."""
+    block_small_bytes: int
+    """Bytes of a token in what one block keeps that is small: sums of heads, x A' of adapters."""
     mlp_numbers: int
     """Of these, what is inside of the MLP."""
-    mlp_float32: int
-    """The same in float32."""
+    mlp_small_bytes: int
+    """The same of what is small."""
     widest: int
     """Most numbers of a token in one tensor of a block."""
     widest_outside: int
@@ -148,7 +148,7 @@ def shapes_of(model: Any, trained: Mapping[str, nn.Parameter]) -> Shapes:
         num_blocks=len(blocks),
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
-        **_block(model, config, wide=wide),
+        **_block(model, config, dtype, wide=wide),
         scratch_bytes=scratch,
         activation_bytes=dtype.itemsize,
         # Logits, their gradient and, where it is padded, that once more; a float32 copy without a kernel.
@@ -165,7 +165,7 @@ def _adapter_tensors(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def _block(model: Any, config: Any, *, wide: bool) -> dict[str, int]:
+def _block(model: Any, config: Any, dtype: torch.dtype, *, wide: bool) -> dict[str, int]:
     """What a block keeps of a token, and its widest tensors, by field of `Shapes`."""
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -181,13 +181,13 @@ def _block(model: Any, config: Any, *, wide: bool) -> dict[str, int]:
     outside = max(config.hidden_size, heads * size)
     down = sum(ranks.values())
     inside = sum(rank for path, rank in ranks.items() if path.rpartition(".")[2] in GATED)
-    plain = 0 if wide else 1  # x A' is of the dtype of products
+    product_bytes = 4 if wide else dtype.itemsize
     return {
         # Two residuals; q, k, v, attention's output; gate and up, or the two sides of the activation.
-        "block_numbers": 2 * (config.hidden_size + heads * size + keys * size + inner) + plain * down,
-        "block_float32": heads + (1 - plain) * down,
-        "mlp_numbers": 2 * inner + plain * inside,
-        "mlp_float32": (1 - plain) * inside,
+        "block_numbers": 2 * (config.hidden_size + heads * size + keys * size + inner),
+        "block_small_bytes": 4 * heads + product_bytes * down,
+        "mlp_numbers": 2 * inner,
+        "mlp_small_bytes": product_bytes * inside,
         "widest": max(inner, outside),
         "widest_outside": outside,
     }
@@ -244,12 +244,12 @@ def predict(
 
 def _kept_of_a_token(shapes: Shapes, step: Step) -> int:
     """Bytes in memory for the backward pass, over all blocks."""
-    numbers, float32 = shapes.block_numbers, shapes.block_float32
+    numbers, small = shapes.block_numbers, shapes.block_small_bytes
     if step.mlp_tile is not None:
-        numbers, float32 = numbers - shapes.mlp_numbers, float32 - shapes.mlp_float32
-    whole = shapes.activation_bytes * numbers + 4 * float32
+        numbers, small = numbers - shapes.mlp_numbers, small - shapes.mlp_small_bytes
+    whole = shapes.activation_bytes * numbers + small
     recomputed = shapes.num_blocks // step.recomputed_every if step.recomputed_every else 0
     if step.offloaded:  # one block's, and of the others what is too small to leave
-        return whole + (shapes.num_blocks - recomputed) * 4 * float32
+        return whole + (shapes.num_blocks - recomputed) * small
     kept = (shapes.num_blocks - recomputed) * whole
     return kept + recomputed * shapes.activation_bytes * shapes.hidden + (whole if recomputed else 0)

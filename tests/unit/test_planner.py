@@ -81,7 +81,7 @@ def test_each_setting_moves_its_own_term(tiny_dir: Callable[..., Path]) -> None:
     assert tiled.passing == tokens * 32 * 12  # hidden states are the widest now
     away = predict(found, replace(STEP, offloaded=True))
     block = plain.activations // layers
-    assert away.activations == block + tokens * layers * 4 * (4 + 7 * 4) + AHEAD_BYTES
+    assert away.activations == block + tokens * layers * (4 * 4 + product_bytes * 7 * 4) + AHEAD_BYTES
     held = predict(found, STEP, held_bytes=found.base_bytes + 4 * found.adapter_numbers + 77)
     assert held == replace(plain, libraries=77, peak_bytes=plain.peak_bytes - LIBRARIES_BYTES + 77)
 
