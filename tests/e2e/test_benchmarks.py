@@ -51,3 +51,9 @@ def test_monitors_are_timed() -> None:
 def test_memory_and_speed_of_training_are_compared() -> None:
     told = run("training.py", "--small", "--steps", "1", "--only", "graft-lora", "peft-lora")
     assert "memory_over_peft" in told
+
+
+def test_steps_of_methods_are_compared() -> None:
+    told = run("methods.py", "--small", "--steps", "1", "--only", "lora", "adalora")
+    assert "over_lora" in told
+    assert "adalora" in told
