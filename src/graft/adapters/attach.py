@@ -275,6 +275,8 @@ def _refuse_kinds(config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> No
                 where="adapter.target_modules",
                 fix=f"take it out of the targets: {config.method} adapts {', '.join(kinds)}",
             )
+        if base.kind == "conv2d":  # which may be of a form that the method does not take
+            method_of(config).tensor_shapes(base, config.at(path))
 
 
 def _shared(config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> nn.Module | None:
