@@ -226,6 +226,18 @@ def test_groups_are_refused_before_anything_changes(method: str) -> None:
     assert type(model.first) is nn.Conv2d
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [({"init": "pissa"}, "no start 'pissa'"), ({"lora_bias": True}, "bias"), ({"bias": "all"}, "bias")],
+)
+def test_what_only_linears_have_is_refused(settings: dict[str, Any], told: str) -> None:
+    model = net()
+    with pytest.raises(TargetError, match=told):
+        attach(model, graft.LoraConfig(rank=2, target_modules=("head", "first"), **settings))
+    assert not adapters_of(model)
+    assert type(model.head) is nn.Linear
+
+
 @pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
 def test_kernels_of_their_own_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     config = getattr(peft, kind)(r=1, target_modules=["tall"], use_effective_conv2d=True)

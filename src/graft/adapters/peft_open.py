@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.adapters.adapted import unwrapped
+from graft.adapters.attach import refuse_kinds
 from graft.adapters.base import method_of
 from graft.adapters.peft_config import SEQUENCE_CLASSIFICATION, PeftSettings, read_settings
 from graft.adapters.peft_stacks import current_names, split_stacks
@@ -122,6 +123,7 @@ def open_adapter(model: nn.Module, told: Description) -> Opened:
     try:
         settings = _resolved(model, settings, stored, "loftq" if told.side and told.side.makes_up else "")
         targets = select_targets(model, settings.selection, strict=False)
+        refuse_kinds(settings.config, targets)
         expected = _expected_shapes(model, settings, targets, raw)
     except (TargetError, ConfigError) as error:
         raise AdapterError(error.what, where=f"{directory / CONFIG}: {error.where}", fix=error.fix) from error
