@@ -24,7 +24,8 @@ from graft.adapters.attached import (
 from graft.adapters.base import method_of
 from graft.adapters.effect import adapted_layers, idle_layers
 from graft.adapters.foreign_files import is_foreign
-from graft.adapters.peft_config import directory_of, method_written, write_settings
+from graft.adapters.peft_config import check_training, directory_of, method_written, write_settings
+from graft.adapters.peft_join import join_experts, joined_settings
 from graft.adapters.peft_open import CONFIG, check_task, describe, open_adapter, restored
 from graft.adapters.peft_tensors import WEIGHTS, check_base_copy, check_finite, full_name, read_tensors
 from graft.adapters.plain import plain_form
@@ -72,14 +73,14 @@ def save_adapter(
     directory = directory_of(directory, "directory")
     known = adapter(model, name)
     _refuse_weighted(model, name)
-    written, own = _stored(model, known)
+    written, own, stacks = join_experts(model, *_stored(model, known))
     tensors = {
         full_name(key): tensor.detach().float().cpu().contiguous()
         for key, tensor in {**own, **_shared(known)}.items()
     }
     for key, tensor in tensors.items():
         check_finite(tensor, key, f"adapter {name!r}")
-    settings = write_settings(model, written)
+    settings = joined_settings(write_settings(model, written), stacks)
     side = SideFile(
         base_fingerprint(model),
         tensors_digest(tensors.items()),
@@ -181,12 +182,13 @@ def load_adapter(
     name = name or free_name(model, directory)
     check_name(model, name)
     told = describe(directory)
+    check_training(directory / CONFIG, told.settings.only_used if trainable else ())
     side = told.side
     check_task(model, told)
     forced, notes = check_base(model, side, directory, force=force_base)
     opened = open_adapter(model, told)
     settings = opened.settings
-    values = read_tensors(opened.stored, side, directory / WEIGHTS)
+    values = read_tensors(opened.stored, side, directory / WEIGHTS, opened.saved)
     for key in opened.copies:
         check_base_copy(model, key, values.pop(key), directory / WEIGHTS)
     values = restored(model, settings, values, directory / WEIGHTS)

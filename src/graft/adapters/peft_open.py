@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.adapters.adapted import unwrapped
+from graft.adapters.attach import refuse_kinds
 from graft.adapters.base import method_of
 from graft.adapters.peft_config import SEQUENCE_CLASSIFICATION, PeftSettings, read_settings
 from graft.adapters.peft_stacks import current_names, split_stacks
@@ -63,7 +64,9 @@ class Opened:
     targets: dict[str, BaseLayer]
     """The layers that it adapts, by path."""
     stored: dict[str, StoredTensor]
-    """The tensors of the file by their keys (`peft_tensors.full_name`)."""
+    """The tensors of the file by their keys (`peft_tensors.full_name`), those of stacks expert by expert."""
+    saved: dict[str, StoredTensor]
+    """The tensors as the file has them."""
     copies: list[str]
     """Keys among them that only repeat base weights."""
 
@@ -111,19 +114,21 @@ def open_adapter(model: nn.Module, told: Description) -> Opened:
         AdapterError: The tensors are missing, damaged, or do not fit the model.
     """
     directory, raw = told.directory, told.raw
-    stored = current_names(model, open_weights(directory))
+    saved, ours = open_weights(directory), told.side is not None
+    stored = current_names(model, saved)
     settings, stored = split_stacks(
-        model, told.settings, stored, raw.get("peft_version"), directory / WEIGHTS
+        model, told.settings, stored, raw.get("peft_version"), directory / WEIGHTS, ours=ours
     )
     stored = _without_tied_copy(model, settings, stored)
     try:
         settings = _resolved(model, settings, stored, "loftq" if told.side and told.side.makes_up else "")
         targets = select_targets(model, settings.selection, strict=False)
+        refuse_kinds(settings.config, targets)
         expected = _expected_shapes(model, settings, targets, raw)
     except (TargetError, ConfigError) as error:
         raise AdapterError(error.what, where=f"{directory / CONFIG}: {error.where}", fix=error.fix) from error
     copies = match(model, expected, stored, directory / WEIGHTS)
-    return Opened(settings, targets, stored, copies)
+    return Opened(settings, targets, stored, saved, copies)
 
 
 def restored(
@@ -222,6 +227,7 @@ def _expected_shapes(
     model: nn.Module, settings: PeftSettings, targets: dict[str, BaseLayer], raw: dict[str, Any]
 ) -> dict[str, tuple[int, ...]]:
     method: Any = method_of(settings.config)
+    _refuse_kernels(targets, raw)
     shapes_of = getattr(method, "stored_shapes", method.tensor_shapes)
     expected: dict[str, tuple[int, ...]] = {}
     for path, base in {**targets, **select_rows(model, settings.config)}.items():
@@ -237,3 +243,13 @@ def _expected_shapes(
         shapes = method.shared_shapes(list(targets.values()), settings.config)
         expected |= {f".{name}": shape for name, shape in shapes.items()}
     return expected
+
+
+def _refuse_kernels(targets: dict[str, BaseLayer], raw: dict[str, Any]) -> None:
+    kerneled = [path for path, base in targets.items() if base.kind == "conv2d" and base.kernel != (1, 1)]
+    if kerneled and raw.get("use_effective_conv2d"):
+        raise TargetError(
+            f"use_effective_conv2d is not supported: {kerneled[0]} would have tensors for its kernel alone",
+            where="use_effective_conv2d",
+            fix="train without it, or merge this adapter into its base with PEFT",
+        )
