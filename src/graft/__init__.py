@@ -25,6 +25,7 @@ _HOMES = {
     "LoraFaConfig": "graft.adapters.lora_fa",
     "OftConfig": "graft.adapters.oft",
     "QaLoraConfig": "graft.adapters.qa_lora",
+    "QatConfig": "graft.adapters.qat",
     "QuantizationConfig": "graft.quant.config",
     "Run": "graft.training.build",
     "RunConfig": "graft.training.config",

@@ -335,7 +335,8 @@ def _unknown(path: str, parent: str, name: str, fields: Mapping[str, Any], setti
     if near:
         fix = f"did you mean {parent + '.' if parent else ''}{near}?"
     else:
-        home = next((ours for ours in ALIASES.values() if ours.rsplit(".", 1)[-1] == name), "")
+        homes = (ours for ours in ALIASES.values() if ours.rsplit(".", 1)[-1] == name and ours != path)
+        home = next(homes, "")
         fix = f"did you mean {home}?" if home else f"one of: {', '.join(fields)}"
     return ConfigError(f"unknown name {path!r}", where=settings.origins[path], fix=fix)
 

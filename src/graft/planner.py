@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from graft.adapters.attached import adapter_modules
+from graft.adapters.base import replaces_base
 from graft.evaluate.loss import CHUNK_LOGITS
 from graft.kernels.cpu.elementwise import is_compiled
 from graft.kernels.wide import PART_ELEMENTS, is_wide
@@ -64,6 +65,8 @@ class Shapes:
     """Of a number in activations."""
     logit_bytes: int
     """Of a logit while the loss of its token is taken."""
+    codes_bytes: int = 0
+    """Codes that layers in quantization-aware training make in the forward pass and keep for the backward."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,9 @@ def shapes_of(model: Any, trained: Mapping[str, nn.Parameter]) -> Shapes:
     wide = is_wide(dtype, any_tensor.device.type)
     kernel = any_tensor.device.type in ("cpu", "meta") and is_compiled(torch.empty(0, dtype=dtype))
     scratch = 4 * PART_ELEMENTS if wide else largest * dtype.itemsize
+    codes_bytes, rounded = _made_codes(model)
+    if rounded:  # the sum in float32, and what is decoded
+        scratch = max(scratch, 4 * rounded + (4 * PART_ELEMENTS if wide else rounded * dtype.itemsize))
     return Shapes(
         base_bytes=sum(tensor.numel() * tensor.element_size() for tensor in base),
         adapter_numbers=sum(p.numel() for p in trained.values() if id(p) in beside),
@@ -153,7 +159,20 @@ def shapes_of(model: Any, trained: Mapping[str, nn.Parameter]) -> Shapes:
         activation_bytes=dtype.itemsize,
         # Logits, their gradient and, where it is padded, that once more; a float32 copy without a kernel.
         logit_bytes=3 * dtype.itemsize + (0 if kernel else 4),
+        codes_bytes=codes_bytes,
     )
+
+
+def _made_codes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the codes that adapters make of the base's weights, and numbers in the largest weight."""
+    found = [
+        (layer.quantization, module.base.in_features * module.base.out_features)
+        for module in adapter_modules(model).values()
+        for layer in getattr(module, "adapters", {}).values()
+        if replaces_base(layer)
+    ]
+    sizes = [size for _, size in found]
+    return sum(quantization.num_bytes(size) for quantization, size in found), max(sizes, default=0)
 
 
 def _adapter_tensors(model: nn.Module) -> list[nn.Parameter]:
@@ -214,6 +233,7 @@ def predict(
     if step.offloaded:
         activations += AHEAD_BYTES
     activations += step.rows * step.tokens**2 if step.packed else 0
+    activations += _kept_codes(shapes, step)
     chunk = min(tokens * step.labelled, CHUNK_LOGITS // shapes.vocabulary)
     logits = int(chunk * shapes.vocabulary * shapes.logit_bytes)
     widest = tokens * shapes.widest
@@ -240,6 +260,13 @@ def predict(
     # The norm, the clipped gradients and the update go through everything that trains once more.
     backward = 2 * terms["gradients"]
     return Prediction(**terms, peak_bytes=lasting + max(forward, backward))
+
+
+def _kept_codes(shapes: Shapes, step: Step) -> int:
+    """Bytes of codes at once: those of all blocks, or where blocks are recomputed of one of them."""
+    recomputed = shapes.num_blocks // step.recomputed_every if step.recomputed_every else 0
+    kept = shapes.num_blocks - recomputed + bool(recomputed)
+    return shapes.codes_bytes * min(kept, shapes.num_blocks) // shapes.num_blocks
 
 
 def _kept_of_a_token(shapes: Shapes, step: Step) -> int:

@@ -18,6 +18,7 @@ from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.lora_layer import LoraLinear
 from graft.adapters.oft import OftConfig
 from graft.adapters.qa_lora import QaLoraConfig
+from graft.adapters.qat import QatConfig
 from graft.adapters.trainable_tokens import TrainableTokensConfig
 from graft.adapters.vera import VeraConfig
 
@@ -44,6 +45,9 @@ CASES: dict[str, tuple[str, Any]] = {
     "qa_lora": ("qa_lora", QaLoraConfig(rank=3, group_size=4, dropout=0.3)),
     "lora-bias": ("lora", LoraConfig(bias="all")),
     "adalora": ("adalora", AdaLoraConfig(rank=3, target_rank=2, dropout=0.3)),
+    "qat": ("qat", QatConfig()),
+    "qat-int4": ("qat", QatConfig(quant_type="int4", double_quant=False, alpha=3)),
+    "qat-int8-rs": ("qat", QatConfig(quant_type="int8", blocksize=32, init="gaussian", use_rslora=True)),
     "ia3-feedforward": ("ia3", Ia3Config(target_modules=("layer",), feedforward_modules=("layer",))),
 }
 

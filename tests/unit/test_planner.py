@@ -16,6 +16,7 @@ import torch
 from graft.adapters.attach import attach
 from graft.adapters.attached import adapter_tensors
 from graft.adapters.lora import LoraConfig
+from graft.adapters.qat import QatConfig
 from graft.kernels.cpu.elementwise import is_compiled
 from graft.kernels.wide import is_wide
 from graft.models.load import load
@@ -61,6 +62,21 @@ def test_codes_count_as_they_are_stored(tiny_dir: Callable[..., Path]) -> None:
     assert packed.base_bytes == sum(t.numel() * t.element_size() for t in own)
     assert packed.base_bytes < 0.65 * dense.base_bytes
     assert packed.adapter_numbers == dense.adapter_numbers
+
+
+def test_codes_that_are_made_in_training_count_until_the_backward_pass(tiny_dir: Callable[..., Path]) -> None:
+    directory = tiny_dir("llama", num_hidden_layers=4)
+    base = load(directory, dtype="bfloat16")
+    config = QatConfig(rank=4, double_quant=False, target_modules=("up_proj",), blocksize=32)
+    attach(base.model, config, seed=1)
+    found = shapes_of(base.model, adapter_tensors(base.model))
+    weight = 64 * 32
+    assert found.codes_bytes == 4 * (weight // 2 + 4 * weight // 32)
+    assert found.scratch_bytes >= 4 * weight
+    for every, blocks in ((0, 4), (1, 1), (2, 3)):
+        step = replace(STEP, recomputed_every=every)
+        without = predict(replace(found, codes_bytes=0), step).activations
+        assert predict(found, step).activations - without == blocks * found.codes_bytes // 4
 
 
 def test_each_setting_moves_its_own_term(tiny_dir: Callable[..., Path]) -> None:

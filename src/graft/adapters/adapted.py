@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from graft.adapters.base import is_additive
+from graft.adapters.base import is_additive, replaces_base
 from graft.models.layers import BaseLayer
 
 
@@ -38,6 +38,9 @@ class AdaptedLayer(nn.Module):
         if any(name in self.weights for name in self.active):
             return self._weighted(x)
         layers: list[Any] = [self.adapters[name] for name in self.active]
+        if layers and replaces_base(layers[0]):  # the only one: see `set_active`
+            whole: Tensor = layers[0](x, None, self.base)
+            return whole
         if len(layers) > 1 and not all(is_additive(layer) for layer in layers):
             return self._summed(x, layers)
         if len(layers) == 1:

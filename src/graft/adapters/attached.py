@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.adapters.adapted import AdaptedLayer, SavedModule
-from graft.adapters.base import frozen_tensors, is_additive, method_of
+from graft.adapters.base import frozen_tensors, is_additive, method_of, replaces_base
 from graft.adapters.settings import is_number
 from graft.config import closest
 from graft.errors import AdapterError
@@ -267,9 +267,9 @@ def set_active(
         weights: One for each name; all one where None. They last until the next call, `disabled` keeps them.
 
     Raises:
-        AdapterError: No such adapter, two of them train the same module in full, the weights are not one
-            finite number for each, or an adapter with a weight other than one has no update that a factor
-            could be put on.
+        AdapterError: No such adapter, two of them train the same module in full, one that computes with a
+            quantized weight of its own has another one beside it, the weights are not one finite number for
+            each, or an adapter with a weight other than one has no update that a factor could be put on.
     """
     chosen = () if names is None else (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     for name in chosen:
@@ -278,14 +278,7 @@ def set_active(
     record = attachments(model)
     modules = adapter_modules(model)
     for path, module in modules.items():
-        if isinstance(module, SavedModule):
-            holders = [name for name in chosen if name in module.copies]
-            if len(holders) > 1:
-                raise AdapterError(
-                    f"{' and '.join(holders)} each train {path} in full; only one can act",
-                    where=path,
-                    fix="activate one of them",
-                )
+        _refuse_together(path, module, chosen)
         _check_weighable(record, path, module, factors)
     record.active, record.weights = chosen, factors
     for module in modules.values():
@@ -317,6 +310,21 @@ def _weights(names: Any, chosen: tuple[str, ...], weights: Sequence[float]) -> d
                 f"weight {value!r} is not a finite number", where="weights", fix="for example [0.7, 0.3]"
             )
     return {name: float(value) for name, value in zip(chosen, values, strict=True) if value != 1}
+
+
+def _refuse_together(path: str, module: AdaptedLayer | SavedModule, chosen: Sequence[str]) -> None:
+    holder = module.copies if isinstance(module, SavedModule) else module.adapters
+    holders = [name for name in chosen if name in holder]
+    if len(holders) < 2:
+        return
+    told = f"{' and '.join(holders)} each train {path} in full; only one can act"
+    if isinstance(module, AdaptedLayer):
+        alone = next((name for name in holders if replaces_base(module.adapters[name])), None)
+        if alone is None:
+            return
+        others = ", ".join(name for name in holders if name != alone)
+        told = f"{alone} quantizes the weight of {path} with its own update in it; {others} cannot act beside"
+    raise AdapterError(told, where=path, fix="activate one of them")
 
 
 def _check_weighable(

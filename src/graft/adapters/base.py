@@ -14,6 +14,7 @@ from graft.adapters.lora import LoraMethod
 from graft.adapters.lora_fa import LoraFaMethod
 from graft.adapters.oft import OftMethod
 from graft.adapters.qa_lora import QaLoraMethod
+from graft.adapters.qat import QatMethod
 from graft.adapters.trainable_tokens import TrainableTokensMethod
 from graft.adapters.vera import VeraMethod
 from graft.errors import ConfigError, TargetError
@@ -60,6 +61,11 @@ class AdapterLayer(Protocol):
     - `additive` (a class attribute, true where missing): `forward` adds an update that depends on neither
       the base output nor the base weight. Updates of several such layers are added in place; a layer that is
       not additive gets the plain base output, and a merge that would change the weight under it is refused.
+    - `replaces_base` (a class attribute, false where missing): `forward` makes the whole output, which may be
+      another one than the base's from the start; the base layer does not run, base_output is None, and no
+      other adapter can act beside this one. Not additive.
+    - `quantized_weight(base, weight)`: of a method that `ships_quantized`, `merged_weight` in codes, which is
+      what a merge writes; `weight` is in the dtype in which the base computed in training.
     - `adapt_input(x)`: what the base layer and `forward` are given in place of x. Not additive.
     - `begin(x)`: the part of `forward` that needs no base output; see `LoraLinear.begin`. Additive only.
     - `update_factors()`: (down (n, in), up (out, n)) whose product is the whole update, its scaling included,
@@ -104,6 +110,8 @@ class AdapterMethod(Protocol):
 
     - `kinds`: the kinds of base layers that it adapts; where missing, linear, conv1d and embedding. Others
       are refused as targets, as are those for which `tensor_shapes` raises a TargetError.
+    - `ships_quantized`: whether its layers compute as quantized ones, in the format of the `quantization` of
+      its settings, and are merged into codes; the base under it must be dense, output heads are refused.
     - `frozen_tensors`: names from `tensor_shapes` that are saved with the adapter and never train.
     - `build_shared(bases, config)`: an `nn.Module` whose buffers, by their names in files, belong to all
       layers of one adapter together. They never train, and follow from the settings and the layers alone.
@@ -171,6 +179,7 @@ METHODS: dict[str, AdapterMethod] = {
         AdaLoraMethod(),
         TrainableTokensMethod(),
         QaLoraMethod(),
+        QatMethod(),
     )
 }
 """The methods by name; one of your own joins them with `METHODS[method.name] = method`."""
@@ -194,6 +203,16 @@ def kinds_of(method: AdapterMethod) -> tuple[str, ...]:
 def is_additive(layer: Any) -> bool:
     """Whether a layer adds an update that depends on neither base output nor base weight."""
     return bool(getattr(type(layer), "additive", True))
+
+
+def replaces_base(layer: Any) -> bool:
+    """Whether a layer makes the whole output without the base layer's."""
+    return bool(getattr(type(layer), "replaces_base", False))
+
+
+def ships_quantized(method: AdapterMethod) -> bool:
+    """Whether a method's layers compute as quantized ones and are merged into codes."""
+    return bool(getattr(method, "ships_quantized", False))
 
 
 def method_of(config: AdapterConfig) -> AdapterMethod:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from graft.adapters.base import frozen_tensors, is_additive
+from graft.adapters.base import frozen_tensors, is_additive, replaces_base, ships_quantized
 from graft.adapters.effect import factors
 from graft.models.layers import BaseLayer
 
@@ -71,6 +71,8 @@ def check_layer(method: AdapterMethod, config: Any, base: BaseLayer, x: Tensor) 
     _check_exact_gradients(base, layer, x, label)
     _check_additive(base, layer, x, label)
     _check_merge(base, layer, x, label)
+    if ships_quantized(method):
+        _check_codes(config.at("layer"), base, layer, label)
     _check_no_state(method, config, base, layer, x, label)
 
 
@@ -88,7 +90,8 @@ def _built(method: AdapterMethod, config: Any, base: BaseLayer, seed: int = 1) -
 
 def _output(layer: Any, base: BaseLayer, x: Tensor, call: str = "forward") -> Tensor:
     given = layer.adapt_input(x) if hasattr(layer, "adapt_input") else x
-    output: Tensor = getattr(layer, call)(given, base.module(given), base)
+    below = None if replaces_base(layer) else base.module(given)
+    output: Tensor = getattr(layer, call)(given, below, base)
     return output
 
 
@@ -109,6 +112,9 @@ def _check_tensors(method: AdapterMethod, config: Any, base: BaseLayer, layer: A
 
 
 def _check_start(base: BaseLayer, layer: Any, x: Tensor, label: str) -> None:
+    if replaces_base(layer):
+        assert not is_additive(layer), f"{label}: what replaces the base is not additive"
+        return
     pair = factors(layer)
     cancelling = pair is not None and all(bool(factor.any()) for factor in pair)  # but for the sums' rounding
     gap = float((_output(layer, base, x) - base.module(x)).detach().abs().max())
@@ -217,6 +223,13 @@ def _check_update(base: BaseLayer, layer: Any, update: Tensor, label: str) -> No
         down, up = layer.update_factors()
         gap = float((up @ down - update).abs().max())
         assert gap <= TOLERANCE, f"{label}: update_factors() is off the update by {gap:.2e}"
+
+
+def _check_codes(config: Any, base: BaseLayer, layer: Any, label: str) -> None:
+    codes = layer.quantized_weight(base, base.dense_weight(None))
+    assert codes.config == config.quantization, f"{label}: quantized_weight() is in another format"
+    same = torch.equal(codes.dequantize(torch.float32), layer.merged_weight(base, base.dense_weight()))
+    assert same, f"{label}: quantized_weight() decodes to another weight than merged_weight()"
 
 
 def _check_no_state(

@@ -42,7 +42,10 @@ class AdapterFile:
     def __init__(self, place: Path) -> None:
         self.place = place
         self.side = read_side_file(place)
-        self.settings, self.raw = read_settings(place / CONFIG, "" if self.side is None else self.side.method)
+        side = self.side
+        self.settings, self.raw = read_settings(
+            place / CONFIG, *(("",) if side is None else (side.method, side.own))
+        )
         self.stored = open_weights(place)
         self.values = read_tensors(self.stored, self.side, place / WEIGHTS)
 

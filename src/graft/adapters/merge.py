@@ -13,11 +13,13 @@ from torch import Tensor
 
 from graft.adapters.attach import disabled
 from graft.adapters.attached import Adapter
+from graft.adapters.base import method_of, ships_quantized
 from graft.adapters.fold import decode_from, merge_into, merges_into_codes
 from graft.adapters.peft_config import PeftSettings, directory_of, read_object, read_settings
 from graft.adapters.peft_format import load_adapter
 from graft.adapters.peft_open import CONFIG
 from graft.adapters.peft_tensors import full_name, open_weights
+from graft.adapters.shipped import shipped_as
 from graft.adapters.side_file import FILE, SideFile, read_side_file, tensors_digest
 from graft.adapters.trainable_tokens import token_rows
 from graft.dialects import explained
@@ -118,7 +120,8 @@ def merge(
     An adapter that was trained on a quantized base is folded into the dense original by default: that is the
     better base, though not the one it was trained with. Both choices are measured against the live quantized
     model and reported. One that makes up for rounding (init "loftq") is folded into the dequantized weights
-    only.
+    only. One that was trained to be stored quantized (method qat) is stored so, with the codes that it
+    computed with.
 
     Args:
         adapter_dir: The adapter.
@@ -156,10 +159,11 @@ def merge(
         with disabled(live.model):
             effect = _gap(expected, probe_logits(live.model, rows))
         gaps: dict[str, float] = {}
-        exact = not from_quantized and merges_into_codes(live.model, adapter.name)
+        shipped = shipped_as(live.model, adapter)
+        exact = not from_quantized and (shipped is not None or merges_into_codes(live.model, adapter.name))
         if exact:
             chosen, merged = "quantized", live
-            untied = merge_into(live.model, adapter.name)
+            untied = merge_into(live.model, adapter.name, codes=shipped is not None)
         elif job.packed or (job.side is not None and job.side.makes_up):
             chosen = "dequantized"
             merged, untied = _folded(job, live, chosen)
@@ -174,7 +178,7 @@ def merge(
             merged.tokenizer.chat_template = template  # prompts as the adapter was taught them
         partial.rmdir()  # save_model makes it anew
         if exact:
-            stored = next(iter(quantized_modules(merged.model).values())).config
+            stored = shipped or next(iter(quantized_modules(merged.model).values())).config
             fingerprint = save_quantized(merged.model, merged.tokenizer, partial, stored)
         else:
             fingerprint = save_model(merged.model, merged.tokenizer, partial)
@@ -227,6 +231,7 @@ def _prepare(
             fix="merge into the base that it was trained on, or use this model as it is",
         )
     side = read_side_file(adapter_dir)
+    dtype = _as_trained(side, dtype)
     return _Job(
         adapter_dir,
         settings,
@@ -239,6 +244,22 @@ def _prepare(
         digest,
         packed=bool(stored_method(path)),
     )
+
+
+def _as_trained(side: SideFile | None, wanted: torch.dtype | str | None) -> torch.dtype | str | None:
+    """The dtype of an adapter whose codes depend on that of the base's weights; else what is wanted.
+
+    Raises:
+        AdapterError: It is not the one that is wanted.
+    """
+    known = "" if side is None else side.weight_dtype
+    if known and wanted is not None and str(wanted).removeprefix("torch.") != known:
+        raise AdapterError(
+            f"the adapter was trained over weights in {known}, and its codes depend on it, not {wanted}",
+            where="dtype",
+            fix="leave it out",
+        )
+    return known or wanted
 
 
 def _lineage(base: Path) -> list[dict[str, Any]]:
@@ -322,6 +343,8 @@ def _advice(chosen: str, gaps: dict[str, float], effect: float, *, made_up: bool
 
 
 def _told_of_codes(adapter: Adapter, chosen: str) -> list[str]:
+    if ships_quantized(method_of(adapter.config)):
+        return ["stored as it was trained to be: its codes are those that the live model computes with"]
     if chosen == "quantized":
         return [
             "folded into the shifts of the base's blocks: the merged model is quantized with the same codes, "

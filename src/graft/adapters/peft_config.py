@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ from graft.models.classifier import is_classifier
 
 SEQUENCE_CLASSIFICATION = "SEQ_CLS"
 """PEFT's task_type of an adapter with a head over classes."""
+
+SIDE_FILE = "graft.json"
+"""Beside it: what PEFT has no place for (`side_file`)."""
 
 MAX_BYTES = 64 << 20
 """Largest adapter_config.json that is read."""
@@ -59,12 +62,15 @@ class PeftSettings:
     """Options that act in training and that graft does not have: it can be used, not trained further."""
 
 
-def read_settings(path: Path, method: str = "") -> tuple[PeftSettings, dict[str, Any]]:
+def read_settings(
+    path: Path, method: str = "", own: Mapping[str, Any] | None = None
+) -> tuple[PeftSettings, dict[str, Any]]:
     """Read an adapter_config.json.
 
     Args:
         path: The file.
         method: Which method graft.json says it is, where the file alone does not tell.
+        own: The settings that graft.json has, as PEFT has no place for them.
 
     Returns:
         What it says, and its raw content.
@@ -84,9 +90,12 @@ def read_settings(path: Path, method: str = "") -> tuple[PeftSettings, dict[str,
             layers=field.read("layers_to_transform", integers, None) or None,
             modules_to_save=field.read("modules_to_save", list_of_names, ()),
             **dialect.read(field),
+            **_beside(dialect, own or {}, path),
         )
     except ConfigError as error:
         where = f"{path}: {_theirs(error.where, dialect)}"
+        if error.where.removeprefix("adapter.") in dialect.beside:
+            where = f"{path.parent / SIDE_FILE}: {error.where}"
         raise AdapterError(error.what, where=where, fix=error.fix) from error
     selection = Selection(
         field.read("target_modules", names, ()),
@@ -128,6 +137,17 @@ def check_training(path: Path, options: Sequence[str]) -> None:
             where=f"{path}: {options[0]}",
             fix="use it as it is, or set the option to 0 in the file to go on without",
         )
+
+
+def _beside(dialect: Dialect, own: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    for name in dialect.beside:
+        if name not in own:
+            raise AdapterError(
+                f"{SIDE_FILE} does not say which {name} the adapter was trained with",
+                where=str(path.parent / SIDE_FILE),
+                fix="restore the file as it was saved",
+            )
+    return {name: own[name] for name in dialect.beside}
 
 
 def directory_of(value: object, where: str) -> Path:
@@ -212,6 +232,11 @@ def write_settings(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
 def method_written(raw: dict[str, Any]) -> str:
     """The method that an adapter_config.json is taken for without a word from graft.json."""
     return dialect_for(Field(raw, Path("adapter_config.json"))).method
+
+
+def own_settings(config: Any) -> dict[str, Any]:
+    """The settings that graft.json has, as PEFT has no place for them."""
+    return {name: getattr(config, name) for name in dialect_of(config.method).beside}
 
 
 def _task_type(model: nn.Module) -> str | None:

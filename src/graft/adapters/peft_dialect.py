@@ -36,6 +36,8 @@ class Dialect:
     """Options of placement that their settings do not have."""
     claims: Callable[[Mapping[str, Any]], bool] = lambda raw: True
     """Whether a file of this peft_type is of this method."""
+    beside: tuple[str, ...] = ()
+    """Our settings that PEFT has no place for; graft.json has them."""
 
     @property
     def known(self) -> frozenset[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from graft.adapters.base import METHODS, AdapterMethod
 from graft.adapters.peft_dialect import Dialect, written_patterns
 from graft.adapters.peft_fields import Field, flag, names, number, pattern, plain, shown, tokens, whole
-from graft.adapters.peft_lora import ADALORA, lora_dialect
+from graft.adapters.peft_lora import ADALORA, QAT, lora_dialect
 from graft.config import did_you_mean, from_dict, to_dict
 from graft.errors import AdapterError
 
@@ -228,6 +228,7 @@ DIALECTS: tuple[Dialect, ...] = (
     _OFT,
     ADALORA,
     _TOKENS,
+    QAT,
 )
 """Of the methods that PEFT has too. Of several that fit a file, the first one or what graft.json says."""
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.adapters.adapted import unwrapped
 from graft.adapters.attach import check_name, detach, install
 from graft.adapters.attached import (
     Adapter,
@@ -21,10 +22,16 @@ from graft.adapters.attached import (
     set_active,
     trained_tensors,
 )
-from graft.adapters.base import method_of
+from graft.adapters.base import method_of, ships_quantized
 from graft.adapters.effect import adapted_layers, idle_layers
 from graft.adapters.foreign_files import is_foreign
-from graft.adapters.peft_config import check_training, directory_of, method_written, write_settings
+from graft.adapters.peft_config import (
+    check_training,
+    directory_of,
+    method_written,
+    own_settings,
+    write_settings,
+)
 from graft.adapters.peft_join import join_experts, joined_settings
 from graft.adapters.peft_open import CONFIG, check_task, describe, open_adapter, restored
 from graft.adapters.peft_tensors import WEIGHTS, check_base_copy, check_finite, full_name, read_tensors
@@ -89,6 +96,8 @@ def save_adapter(
         dict(known.facts if facts is None else facts),
         "" if method_written(settings) == written.config.method else written.config.method,
         known.makes_up,
+        own_settings(written.config),
+        _weight_dtype(model, known),
     )
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     with new_directory(directory, replace=True, needed_bytes=size) as partial:
@@ -124,6 +133,14 @@ def _refuse_weighted(model: nn.Module, name: str) -> None:
             fix="graft.save_active writes what acts, weights folded in; "
             f"graft.set_active(model, {name!r}) makes it whole again",
         )
+
+
+def _weight_dtype(model: nn.Module, known: Adapter) -> str:
+    """Of the weights that a layer quantizes with its update in them: the codes depend on it."""
+    if not known.targets or not ships_quantized(method_of(known.config)):
+        return ""
+    first: Any = unwrapped(model.get_submodule(known.targets[0]))
+    return str(first.weight.dtype).removeprefix("torch.")
 
 
 def write_files(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from graft.adapters.peft_dialect import Dialect, written_patterns
@@ -83,7 +84,7 @@ def _write_lora(config: Any, layers: Mapping[str, Any], targets: list[str]) -> d
     return {
         "r": config.rank,
         "lora_alpha": plain(config.alpha),
-        "lora_dropout": config.dropout,
+        "lora_dropout": getattr(config, "dropout", 0.0),
         **written_patterns(config, layers),
         "use_rslora": config.use_rslora,
         # How it started no longer matters, and other tools would make the start again as they load it.
@@ -124,6 +125,17 @@ def lora_dialect(method: str, claims: Callable[[Mapping[str, Any]], bool], **ref
         names={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
         claims=claims,
     )  # fmt: skip
+
+
+def _read_qat(file: Field) -> dict[str, Any]:
+    return {name: value for name, value in _read_lora(file).items() if name != "dropout"}
+
+
+QAT = replace(
+    lora_dialect("qat", lambda raw: False, use_dora=False, target_parameters=None, lora_dropout=0.0),
+    read=_read_qat,
+    beside=("quant_type", "double_quant", "blocksize"),
+)
 
 
 def _read_adalora(file: Field) -> dict[str, Any]:

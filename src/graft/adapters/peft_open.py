@@ -79,7 +79,7 @@ def describe(directory: Path) -> Description:
             refused.
     """
     side = read_side_file(directory)
-    settings, raw = read_settings(directory / CONFIG, "" if side is None else side.method)
+    settings, raw = read_settings(directory / CONFIG, *(("",) if side is None else (side.method, side.own)))
     if side is not None and side.settings != settings_digest(raw):
         raise AdapterError(
             "the file was changed after the adapter was saved: its digest is not the one in graft.json",

@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from graft.adapters.attached import base_state
-from graft.adapters.peft_config import read_object
+from graft.adapters.peft_config import SIDE_FILE, read_object
 from graft.errors import AdapterError, FingerprintError
 from graft.models.fingerprint import Fingerprint, WeightsDigest, fingerprint_of
 
-FILE = "graft.json"
+FILE = SIDE_FILE
 
 _OF_THE_PLACE = ("base_model_name_or_path", "revision", "peft_version", "inference_mode")
 """Fields of adapter_config.json that may change without changing the adapter."""
@@ -37,6 +37,10 @@ class SideFile:
     """The adapter method, where adapter_config.json alone would be taken for another one."""
     makes_up: bool = False
     """Whether it makes up for the rounding of its base: on another quantization it is another function."""
+    own: dict[str, Any] = field(default_factory=dict)
+    """Settings of that method that adapter_config.json has no place for, by their names."""
+    weight_dtype: str = ""
+    """Of the base's weights in training, where what is merged depends on it."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, in a fixed order."""
@@ -49,6 +53,8 @@ class SideFile:
             "facts": self.facts,
             **({"method": self.method} if self.method else {}),
             **({"makes_up": True} if self.makes_up else {}),
+            **({"own": self.own} if self.own else {}),
+            **({"weight_dtype": self.weight_dtype} if self.weight_dtype else {}),
         }
 
 
@@ -69,11 +75,12 @@ def read_side_file(directory: Path) -> SideFile | None:
         raise AdapterError(
             f"format {raw.get('format')!r} is not known", where=str(path), fix="use the graft that wrote it"
         )
-    base, facts = raw.get("base"), raw.get("facts", {})
+    base, facts, own = raw.get("base"), raw.get("facts", {}), raw.get("own", {})
     texts = [raw.get("tensors"), raw.get("settings")]
     if (
         not isinstance(base, dict)
         or not isinstance(facts, dict)
+        or not isinstance(own, dict)
         or not all(isinstance(t, str) for t in texts)
     ):
         raise AdapterError(
@@ -89,6 +96,8 @@ def read_side_file(directory: Path) -> SideFile | None:
         facts,
         str(raw.get("method", "")),
         raw.get("makes_up") is True,
+        own,
+        str(raw.get("weight_dtype", "")),
     )
 
 

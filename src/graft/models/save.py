@@ -16,11 +16,12 @@ from torch import Tensor
 from graft.config import closest
 from graft.errors import ModelError
 from graft.files import new_directory, write_json
-from graft.models import graft_files
+from graft.models import bitsandbytes_files, graft_files
 from graft.models.expert_files import ExpertNames
 from graft.models.experts import split_experts
 from graft.models.fingerprint import Fingerprint, WeightsDigest, chat_template_digest, tokenizer_digest
 from graft.models.shards import DTYPES
+from graft.quant.config import QuantizationConfig
 from graft.quant.linear import QuantizedLinear
 
 MAX_SHARD_BYTES = 4 * 2**30
@@ -180,7 +181,7 @@ def checkpoint_tensors(
     Args:
         model: A transformers model without adapters.
         dtype: Of the floating tensors; by default the model's own.
-        packed: Whether quantized ones are given as they are stored, in graft's own layout.
+        packed: Whether quantized ones are given as they are stored (`layout_of`).
 
     Yields:
         (name, tensor), in the order of the model.
@@ -209,6 +210,11 @@ def empty_twin(model: Any) -> Any:
         return type(model)(copy.deepcopy(model.config))
 
 
+def layout_of(config: QuantizationConfig) -> Any:
+    """How weights are stored that are quantized so: as bitsandbytes does, where it has the format."""
+    return bitsandbytes_files if config.quant_type in bitsandbytes_files.QUANT_TYPES else graft_files
+
+
 def _own_tensors(model: Any, twin: Any, dtype: torch.dtype, *, packed: bool) -> Iterator[tuple[str, Tensor]]:
     from transformers.pytorch_utils import Conv1D
 
@@ -218,7 +224,7 @@ def _own_tensors(model: Any, twin: Any, dtype: torch.dtype, *, packed: bool) -> 
         prefix = f"{path}." if path else ""
         if isinstance(module, QuantizedLinear):
             if packed:
-                yield from graft_files.tensors_of(f"{prefix}weight", module.quantized_weight)
+                yield from layout_of(module.config).tensors_of(f"{prefix}weight", module.quantized_weight)
             else:
                 weight = module.dense_weight(dtype)
                 yield (

@@ -1,4 +1,4 @@
-"""Quantized models out of memory, as they are: directories in graft's own layout, without a rounding."""
+"""Quantized models out of memory, as they are: directories of codes, without a rounding."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import copy
 import os
 from typing import Any
 
+from torch import nn
+
 from graft.errors import ModelError
-from graft.models import graft_files
+from graft.models import bitsandbytes_files, graft_files
 from graft.models.experts import Experts
 from graft.models.fingerprint import Fingerprint
-from graft.models.save import checkpoint_tensors, save_tensors
+from graft.models.save import checkpoint_tensors, layout_of, save_tensors
 from graft.quant.config import QuantizationConfig
 from graft.quant.linear import quantized_modules
 
@@ -43,7 +45,7 @@ def save_quantized(
             fix="write it dense: --from-quantized, or from_quantized=True",
         )
     described = copy.deepcopy(model.config)
-    described.quantization_config = graft_files.config_of(config)
+    described.quantization_config = _described(model, config)
     return save_tensors(
         checkpoint_tensors(model, packed=True),
         directory,
@@ -52,3 +54,12 @@ def save_quantized(
         architecture=type(model).__name__,
         generation_config=getattr(model, "generation_config", None),
     )
+
+
+def _described(model: Any, config: QuantizationConfig) -> dict[str, Any]:
+    from transformers.pytorch_utils import Conv1D
+
+    if layout_of(config) is graft_files:
+        return graft_files.config_of(config)
+    dense = [path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    return bitsandbytes_files.config_of(config, model.dtype, dense)

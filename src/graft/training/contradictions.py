@@ -1,9 +1,10 @@
-"""Fields of a run that contradict each other: the loss, the task and the recovery phase."""
+"""Fields of a run that contradict each other: the loss, the task, the recovery phase, the quantization."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
+from graft.adapters.base import method_of, ships_quantized
 from graft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def check_objective(config: TrainingConfig) -> None:
 
 
 def check_run(config: RunConfig) -> None:
-    """Refuse sections that contradict the loss, the task or the recovery phase.
+    """Refuse sections that contradict the loss, the task, the recovery phase or the adapter.
 
     Raises:
         ConfigError: They do.
@@ -51,6 +52,18 @@ def check_run(config: RunConfig) -> None:
     if training.recovery_steps and config.quantization is None:
         wanted = "left out: no quantization is asked for, so training is on the dense base already"
         _refuse("recovery_steps", training.recovery_steps, wanted)
+    _check_adapter(config)
+
+
+def _check_adapter(config: RunConfig) -> None:
+    adapter = config.adapter
+    if adapter is not None and config.quantization is not None and ships_quantized(method_of(adapter)):
+        raise ConfigError(
+            f"method {adapter.method} rounds the weights of a dense base itself; quantization = "
+            f"{config.quantization.quant_type!r} would round them before",
+            where="quantization.quant_type",
+            fix="leave quantization out; the format is adapter.quant_type",
+        )
 
 
 def _refuse(name: str, value: object, wanted: str) -> NoReturn:
