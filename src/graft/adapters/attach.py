@@ -22,19 +22,19 @@ from graft.adapters.attached import (
     stays_tied,
     trained_tensors,
 )
-from graft.adapters.base import AdapterConfig, kinds_of, method_of, ships_quantized
+from graft.adapters.base import AdapterConfig, kinds_of, method_of
 from graft.adapters.data_starts import Pass
 from graft.adapters.initializers import generator_for
 from graft.adapters.patterns import first_match
 from graft.adapters.rounding_starts import Start
 from graft.adapters.settings import DATA, without_start
+from graft.adapters.shipped import refuse_unquantizable
 from graft.adapters.starts import Starts, check_targets, is_made_elsewhere, make_starts
 from graft.adapters.targets import (
     ALL_LINEAR,
     Selection,
     base_layers,
     in_order,
-    output_head,
     select_biases,
     select_rows,
     select_saved,
@@ -187,7 +187,7 @@ def _selected(
         _refuse_rows_twice(targets, saved, rows)
     targets = in_order(model, {**targets, **rows})
     refuse_kinds(config, targets)
-    _refuse_unquantizable(model, config, targets)
+    refuse_unquantizable(model, config, targets)
     resolve = getattr(method_of(config), "resolved", None)
     config = config if resolve is None else resolve(config, targets)
     for path, base in targets.items():
@@ -239,25 +239,6 @@ def _refuse_idle_bias(config: AdapterConfig, targets: Mapping[str, BaseLayer], b
             where="adapter.bias",
             fix="leave it out; adapter.lora_bias gives lora_B one",
         )
-
-
-def _refuse_unquantizable(model: Any, config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> None:
-    if not ships_quantized(method_of(config)):
-        return
-    head = output_head(model)
-    for path, base in targets.items():
-        if base.quantized:
-            raise TargetError(
-                f"{path} is quantized already: {config.method} rounds the dense weight with its update in it",
-                where="adapter.method",
-                fix="load the base without quantization, or train LoRA on it (--method qlora)",
-            )
-        if head is not None and base.module is head:
-            raise TargetError(
-                f"{path} is the output head, which stays dense in a quantized model",
-                where="adapter.target_modules",
-                fix="take it out of the targets, or train it in full (modules_to_save)",
-            )
 
 
 def _refuse_without_gradient(targets: Mapping[str, BaseLayer]) -> None:

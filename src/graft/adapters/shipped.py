@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from graft.adapters.attached import Adapter
-from graft.adapters.base import method_of, ships_quantized
+from graft.adapters.base import AdapterConfig, method_of, ships_quantized
 from graft.adapters.targets import base_layers, output_head
+from graft.errors import TargetError
 from graft.models.layers import BaseLayer
 from graft.quant.config import QuantizationConfig
 from graft.quant.linear import QuantizedLinear
+
+
+def refuse_unquantizable(model: nn.Module, config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> None:
+    """Refuse targets that such an adapter cannot quantize; nothing for other adapters.
+
+    Args:
+        model: The model.
+        config: The settings of the adapter.
+        targets: Its layers by path.
+
+    Raises:
+        TargetError: One is quantized already, or is the output head.
+    """
+    if not ships_quantized(method_of(config)):
+        return
+    head = output_head(model)
+    for path, base in targets.items():
+        if base.quantized:
+            raise TargetError(
+                f"{path} is quantized already: {config.method} rounds the dense weight with its update in it",
+                where="adapter.method",
+                fix="load the base without quantization, or train LoRA on it (--method qlora)",
+            )
+        if head is not None and base.module is head:
+            raise TargetError(
+                f"{path} is the output head, which stays dense in a quantized model",
+                where="adapter.target_modules",
+                fix="take it out of the targets, or train it in full (modules_to_save)",
+            )
 
 
 def shipped_as(model: nn.Module, adapter: Adapter) -> QuantizationConfig | None:
