@@ -47,9 +47,9 @@ ADAPTER = {"rank": 16, "alpha": 32}
 STEPS = 200
 
 
-def parts_of_the_book(directory: Path) -> dict[str, Path]:
-    """Nine tenths of the book to train on, and the halves of the rest."""
-    text = BOOK.read_text(encoding="utf-8")
+def parts_of_the_book(directory: Path, num_characters: int | None = None) -> dict[str, Path]:
+    """Nine tenths of the book, or of its beginning, to train on, and the halves of the rest."""
+    text = BOOK.read_text(encoding="utf-8")[:num_characters]
     cuts = [text.rindex("\n\n", 0, len(text) * share // 20) for share in (18, 19)]
     parts = {"train": text[: cuts[0]], "choose": text[cuts[0] : cuts[1]], "report": text[cuts[1] :]}
     for name, part in parts.items():
@@ -82,12 +82,20 @@ def train(method: str, form: str, rate: float, seed: int, steps: int, work: Path
     return run.adapter
 
 
-def losses(method: str, form: str, rate: float, seed: int, steps: int) -> dict[str, dict[str, float]]:
+def losses(
+    method: str,
+    form: str,
+    rate: float,
+    seed: int,
+    steps: int,
+    forms: tuple[str, ...] = FORMS,
+    num_characters: int | None = None,
+) -> dict[str, dict[str, float]]:
     """Of a run: losses of what is shipped in each format, and of the live model; by part of the book."""
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        data = parts_of_the_book(work)
+        data = parts_of_the_book(work, num_characters)
         started = time.process_time()
         adapter = train(method, form, rate, seed, steps, work, data["train"])
         seconds = time.process_time() - started
@@ -96,7 +104,7 @@ def losses(method: str, form: str, rate: float, seed: int, steps: int) -> dict[s
         models = {"live": live}
         if method == "lora":
             merge(adapter, work / "dense")
-        for shipped in FORMS if method == "lora" else (form,):
+        for shipped in forms if method == "lora" else (form,):
             if method == "qat":
                 merge(adapter, work / shipped)
             else:
@@ -191,7 +199,8 @@ def main() -> None:
     os.chdir(ROOT)
     if args.small:
         for method in METHODS:
-            print(f"{method}, nf4: {losses(method, 'nf4', 1e-3, 0, 2)['nf4']['report']:.3f}")
+            found = losses(method, "nf4", 1e-3, 0, 2, ("nf4",), 20_000)
+            print(f"{method}, nf4: {found['nf4']['report']:.3f}")
         return
     results = files.read_json(args.results) if args.table else campaign(args.results)
     text = table(results)

@@ -57,3 +57,9 @@ def test_steps_of_methods_are_compared() -> None:
     told = run("methods.py", "--small", "--steps", "1", "--only", "lora", "adalora")
     assert "over_lora" in told
     assert "adalora" in told
+
+
+def test_quantizing_afterwards_and_in_training_are_compared(shared: Path) -> None:
+    told = run("qat.py", "--small")
+    assert "lora, nf4: " in told
+    assert "qat, nf4: " in told
