@@ -63,7 +63,8 @@ class AdapterLayer(Protocol):
       not additive gets the plain base output, and a merge that would change the weight under it is refused.
     - `replaces_base` (a class attribute, false where missing): `forward` makes the whole output, which may be
       another one than the base's from the start; the base layer does not run, base_output is None, and no
-      other adapter can act beside this one. Not additive.
+      other adapter can act beside this one. Not additive. `update` is the additive layer in it, which
+      `graft inspect` looks at.
     - `quantized_weight(base, weight)`: of a method that `ships_quantized`, `merged_weight` in codes, which is
       what a merge writes; `weight` is in the dtype in which the base computed in training.
     - `adapt_input(x)`: what the base layer and `forward` are given in place of x. Not additive.

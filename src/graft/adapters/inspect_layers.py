@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.adapters.base import is_additive
+from graft.adapters.base import is_additive, replaces_base
 from graft.adapters.effect import PAIRS, factors
 from graft.adapters.inspect_records import SHARES, SHOWN_RANKS, LayerFacts
 from graft.adapters.spectrum import effective_rank, energy, product_values, rank_for, stable_rank
@@ -135,7 +135,8 @@ def build(
                     fix="use the adapter_config.json that the tensors were saved with, and the right base",
                 )
             tensor.copy_(values[leaf])
-    return layer.eval()
+    layer.eval()
+    return layer.update if replaces_base(layer) else layer  # the update itself, without what is rounded
 
 
 def facts_without_layer(part: Part, values: Mapping[str, Tensor], why: str) -> LayerFacts:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import graft
 from graft.adapters.adapted import AdaptedLayer
 from graft.adapters.attached import adapter_modules, trained_tensors
-from graft.adapters.base import METHODS
+from graft.adapters.base import METHODS, replaces_base
 from graft.adapters.inspect_groups import bands
 from graft.adapters.inspect_layers import new_directions
 from graft.adapters.inspect_records import LayerFacts
@@ -37,6 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "adalora": {"rank": 4, "target_rank": 2},
     "qa_lora": {"rank": 3, "group_size": 8},
     "trainable_tokens": {"token_indices": (3, 200)},
+    "qat": {"rank": 4},
 }
 UNKNOWN_WITHOUT_BASE = {"vera", "ia3", "oft", "trainable_tokens"}
 
@@ -58,6 +59,8 @@ def saved(base_dir: Path, out: Path, config: Any, *, trained: bool = True) -> di
     for path, module in adapter_modules(base.model).items():
         if isinstance(module, AdaptedLayer):
             layer: Any = module.adapters["default"].double()
+            if replaces_base(layer):  # what is rounded with the weight is told without the rounding
+                layer = layer.update
             weight = module.base.dense_weight().double()
             delta = layer.merged_weight(module.base, weight) - weight
             found[path] = (weight.numpy(), delta.detach().numpy())

@@ -156,6 +156,7 @@ RULES: dict[str, tuple[dict[str, Any], Callable[[int, int], int]]] = {
     "lokr": ({"rank": 40}, lokr(40)),  # low-rank for large layers, whole for small ones
     "adalora": ({"rank": 12}, lambda inner, outer: 12 * (inner + outer + 1)),
     "qa_lora": ({"rank": 8, "group_size": 32}, lambda inner, outer: 8 * (inner // 32 + outer)),
+    "qat": ({"rank": 16}, lambda inner, outer: 16 * (inner + outer)),
     "oft": ({"block_size": 32}, lambda inner, outer: inner // 32 * (32 * 31 // 2)),
 }
 
