@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -104,7 +104,7 @@ def install(
     method_of(config)
     targets = select_targets(model, selection, strict=strict)
     saved = select_saved(model, selection.modules_to_save)
-    _refuse_kinds(config, targets)
+    refuse_kinds(config, targets)
     if strict:
         _refuse_idle_patterns(config, targets)
     _refuse_overlap(model, targets, saved)
@@ -116,7 +116,7 @@ def install(
         model.graft_attachments = record  # type: ignore[assignment]
         for parameter in record.frozen:
             parameter.requires_grad_(False)
-    shared = _shared(config, targets)
+    shared = shared_of(config, targets)
     for path, base in targets.items():
         _adapt(model, path, base, config, name, seed, shared)
     for path in saved:
@@ -124,7 +124,7 @@ def install(
     adapter = Adapter(name, config, tuple(targets), tuple(saved), 0, shared=shared)
     record.adapters[name] = adapter
     adapter.num_trainable = sum(tensor.numel() for tensor in trained_tensors(model, name).values())
-    adapter.notes += _tied_notes(model, adapter)
+    adapter.notes += tied_notes(model, (*adapter.targets, *adapter.saved_modules))
     if selection.target_modules == ALL_LINEAR and (stacks := stacked_experts(model)):
         adapter.notes.append(f"the experts carry no adapter: {stacks}")
     guard_save_pretrained(model)
@@ -188,7 +188,12 @@ def _refuse_overlap(model: nn.Module, targets: dict[str, BaseLayer], saved: dict
             )
 
 
-def _refuse_kinds(config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> None:
+def refuse_kinds(config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> None:
+    """Refuse layers of a kind that a method does not adapt.
+
+    Raises:
+        TargetError: There is one.
+    """
     kinds = kinds_of(method_of(config))
     for path, base in targets.items():
         if base.kind not in kinds:
@@ -199,7 +204,8 @@ def _refuse_kinds(config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> No
             )
 
 
-def _shared(config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> nn.Module | None:
+def shared_of(config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> nn.Module | None:
+    """What all layers of an adapter share (`AdapterMethod.build_shared`); None where they share nothing."""
     build = getattr(method_of(config), "build_shared", None)
     made: nn.Module | None = build(list(targets.values()), config) if build is not None and targets else None
     return made
@@ -233,9 +239,15 @@ def _save_whole(model: nn.Module, path: str, name: str) -> None:
     module.add_copy(name)
 
 
-def _tied_notes(model: nn.Module, adapter: Adapter) -> list[str]:
+def tied_notes(model: nn.Module, paths: Collection[str]) -> list[str]:
+    """What to know about an adapter over one half, or both, of a tied embedding and head.
+
+    Args:
+        model: The model.
+        paths: What the adapter changes.
+    """
     pair = tied_pair(model)
-    touched = [path for path in pair or () if path in adapter.targets or path in adapter.saved_modules]
+    touched = [path for path in pair or () if path in paths]
     if pair is None or not touched:
         return []
     other = [path for path in pair if path not in touched]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from graft.adapters.peft_config import (
 from graft.adapters.peft_stacks import current_names, split_stacks
 from graft.adapters.peft_tensors import (
     WEIGHTS,
+    base_tensor,
     check_base_copy,
     check_finite,
     full_name,
@@ -122,6 +124,73 @@ def save_adapter(
     return directory
 
 
+@dataclass(kw_only=True)
+class StoredAdapter:
+    """An adapter directory that was read and fits a model; the model does not carry it."""
+
+    directory: Path
+    settings: PeftSettings
+    """With full paths for what it selects."""
+    values: dict[str, Tensor]
+    """Its tensors by their keys, as stored; each one that the settings ask for is there."""
+    copies: dict[str, Tensor]
+    """Base weights that the file repeats, by their keys; see `check_base_copy`."""
+    side: SideFile | None
+    forced: bool
+    """Whether the model is another base than the one it was trained on."""
+    notes: list[str]
+    """What its user should know."""
+
+
+def read_adapter(model: nn.Module, directory: Path, *, force_base: bool = False) -> StoredAdapter:
+    """Read an adapter directory for a model, which stays as it is; its parameters may be on the meta device.
+
+    Args:
+        model: The base model, with or without other adapters.
+        directory: As for `load_adapter`.
+        force_base: As for `load_adapter`.
+
+    Raises:
+        AdapterError: As for `load_adapter`, but that it may change nothing.
+        FingerprintError: The adapter belongs to another base.
+    """
+    side = read_side_file(directory)
+    settings, raw = read_settings(directory / CONFIG, "" if side is None else side.method)
+    if side is not None and side.settings != settings_digest(raw):
+        raise AdapterError(
+            "the file was changed after the adapter was saved: its digest is not the one in graft.json",
+            where=str(directory / CONFIG),
+            fix=f"restore it, or remove {FILE} if you mean the change; the base is then not checked",
+        )
+    if raw.get("task_type") == SEQUENCE_CLASSIFICATION and not is_classifier(model):
+        raise AdapterError(
+            "the adapter is a classifier: its head over classes has no place in a language model",
+            where=str(directory),
+            fix="graft evaluate --adapter does it; in Python graft.as_classifier first",
+        )
+    stored = open_weights(directory)
+    version = raw.get("peft_version")
+    stored = current_names(model, stored)
+    settings, stored = split_stacks(model, settings, stored, version, directory / WEIGHTS)
+    forced, notes = check_base(model, side, directory, force=force_base)
+    try:
+        settings = _resolved(model, settings, stored)
+        expected = _expected_shapes(model, settings, raw)
+    except (TargetError, ConfigError) as error:
+        raise AdapterError(error.what, where=f"{directory / CONFIG}: {error.where}", fix=error.fix) from error
+    copies = match(model, expected, stored, directory / WEIGHTS)
+    values = read_tensors(stored, side, directory / WEIGHTS)
+    return StoredAdapter(
+        directory=directory,
+        settings=settings,
+        copies={key: values.pop(key) for key in copies},
+        values=values,
+        side=side,
+        forced=forced,
+        notes=[*notes, *settings.notes],
+    )
+
+
 @explained
 def load_adapter(
     model: nn.Module,
@@ -155,34 +224,12 @@ def load_adapter(
     directory = directory_of(directory, "directory")
     name = name or _free_name(model, directory)
     check_name(model, name)
-    side = read_side_file(directory)
-    settings, raw = read_settings(directory / CONFIG, "" if side is None else side.method)
-    if side is not None and side.settings != settings_digest(raw):
-        raise AdapterError(
-            "the file was changed after the adapter was saved: its digest is not the one in graft.json",
-            where=str(directory / CONFIG),
-            fix=f"restore it, or remove {FILE} if you mean the change; the base is then not checked",
-        )
-    if raw.get("task_type") == SEQUENCE_CLASSIFICATION and not is_classifier(model):
-        raise AdapterError(
-            "the adapter is a classifier: its head over classes has no place in a language model",
-            where=str(directory),
-            fix="graft evaluate --adapter does it; in Python graft.as_classifier first",
-        )
-    stored = open_weights(directory)
-    version = raw.get("peft_version")
-    stored = current_names(model, stored)
-    settings, stored = split_stacks(model, settings, stored, version, directory / WEIGHTS)
-    forced, notes = check_base(model, side, directory, force=force_base)
-    try:
-        settings = _resolved(model, settings, stored)
-        expected = _expected_shapes(model, settings, raw)
-    except (TargetError, ConfigError) as error:
-        raise AdapterError(error.what, where=f"{directory / CONFIG}: {error.where}", fix=error.fix) from error
-    copies = match(model, expected, stored, directory / WEIGHTS)
-    values = read_tensors(stored, side, directory / WEIGHTS)
-    for key in copies:
-        check_base_copy(model, key, values.pop(key), directory / WEIGHTS)
+    stored = read_adapter(model, directory, force_base=force_base)
+    settings, values, side = stored.settings, stored.values, stored.side
+    for key, value in stored.copies.items():
+        own = base_tensor(model, key)
+        assert own is not None
+        check_base_copy(own, key, value, directory / WEIGHTS)
     before = active_adapters(model)
     made = install(model, settings.config, settings.selection, name, seed=None, strict=False)
     with torch.no_grad():
@@ -192,9 +239,9 @@ def load_adapter(
     made.trainable = trainable
     for tensor in trained_tensors(model, name).values():
         tensor.requires_grad_(trainable)
-    made.forced_base = forced or (side is not None and side.forced_base)
+    made.forced_base = stored.forced or (side is not None and side.forced_base)
     made.facts = dict(side.facts) if side is not None else {}
-    made.notes += [*notes, *settings.notes]
+    made.notes += stored.notes
     if not trainable:
         _check_effect(model, made, before, directory)
     here = getattr(model, "graft_name", None)

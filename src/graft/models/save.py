@@ -156,11 +156,16 @@ def save_tensors(  # noqa: PLR0913 - what a directory holds
         if generation_config is not None:
             generation_config.to_json_file(partial / "generation_config.json")
         if tokenizer is not None:
-            _save_tokenizer(tokenizer, partial)
+            save_tokenizer(tokenizer, partial)
     return Fingerprint(digest.hexdigest(), tokenizer_digest(tokenizer), chat_template_digest(tokenizer), "")
 
 
-def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Write a tokenizer with its chat template into a directory that is not published yet.
+
+    Raises:
+        OSError: The disk refused.
+    """
     try:
         tokenizer.save_pretrained(directory)
     except Exception as error:
@@ -184,15 +189,31 @@ def checkpoint_tensors(model: Any, dtype: torch.dtype | None = None) -> Iterator
     Raises:
         ModelError: The model has layers that are not its architecture's.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
     expected = empty_twin(model)
-    names = ExpertNames(expected)
     split_experts(expected)
     _check_names(model, expected)
-    for name, tensor in _own_tensors(model, expected, dtype or model.dtype):
-        if dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(dtype)
+    own = _own_tensors(model, expected, dtype or model.dtype)
+    if dtype is not None:
+        own = ((name, t.to(dtype) if t.is_floating_point() else t) for name, t in own)
+    yield from as_stored(model, own)
+
+
+def as_stored(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a model under the names, and in the stacks, that checkpoints of its architecture have.
+
+    Args:
+        model: Its experts are split; its parameters may be on the meta device.
+        tensors: Names in the model, and values.
+
+    Yields:
+        (name, tensor).
+
+    Cost: the memory of two stacks of experts, where checkpoints hold stacks.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    names = ExpertNames(empty_twin(model))
+    for name, tensor in tensors:
         if name in names:
             yield from names.stored(name, tensor)
         else:
