@@ -36,11 +36,13 @@ _HOMES = {
     "load": "graft.models.load",
     "load_adapter": "graft.adapters.peft_format",
     "merge": "graft.adapters.merge",
+    "merge_in_place": "graft.adapters.in_place",
     "quantize": "graft.models.quantize",
     "resume": "graft.training.build",
     "save_adapter": "graft.adapters.peft_format",
     "set_active": "graft.adapters.attached",
     "train": "graft.training.build",
+    "unmerge": "graft.adapters.in_place",
 }
 
 __all__ = ["__version__", *_HOMES]

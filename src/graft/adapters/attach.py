@@ -17,6 +17,7 @@ from graft.adapters.attached import (
     adapters_of,
     attachments,
     disabled,
+    refuse_merged,
     set_active,
     trained_tensors,
 )
@@ -133,11 +134,12 @@ def install(
 
 
 def check_name(model: nn.Module, name: str) -> None:
-    """Refuse a name that is taken or that cannot name a module.
+    """Refuse a name that is taken or that cannot name a module, and a base that holds a merged adapter.
 
     Raises:
         AdapterError: In these cases.
     """
+    refuse_merged(model)
     if name in attachments(model).adapters:
         raise AdapterError(
             f"the model already has an adapter {name!r}",

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from graft.adapters.adapted import AdaptedLayer, SavedModule, unwrapped
 from graft.adapters.attach import detach
-from graft.adapters.attached import adapter, adapter_modules
+from graft.adapters.attached import adapter, adapter_modules, refuse_merged
 from graft.adapters.base import is_additive
-from graft.adapters.targets import base_layers, tied_pair
+from graft.adapters.targets import tied_pair
 from graft.errors import AdapterError
 from graft.models.layers import BaseLayer
 
@@ -30,13 +30,13 @@ def merge_into(model: nn.Module, name: str = "default") -> bool:
         Whether embedding and output head were untied.
 
     Raises:
-        AdapterError: No such adapter, a layer under it is quantized, or another adapter there is measured
-            against the weight that would change.
+        AdapterError: No such adapter, one is merged in place, a layer under it is quantized, or another
+            adapter there is measured against the weight that would change.
     """
     known = adapter(model, name)
+    refuse_merged(model)
     modules = adapter_modules(model)
-    _refuse_quantized(modules, name)
-    _refuse_beside(modules, name)
+    refuse_unfoldable(modules, name)
     pair = tied_pair(model)
     touched = {*known.targets, *known.saved_modules}
     untie = pair is not None and not touched.isdisjoint(pair)
@@ -51,6 +51,16 @@ def merge_into(model: nn.Module, name: str = "default") -> bool:
     if hasattr(model, "graft_fingerprint"):
         del model.graft_fingerprint  # it was that of the weights before
     return untie
+
+
+def refuse_unfoldable(modules: dict[str, AdaptedLayer | SavedModule], name: str) -> None:
+    """Refuse a fold into codes, or under another adapter that is measured against the weight.
+
+    Raises:
+        AdapterError: In these cases.
+    """
+    _refuse_quantized(modules, name)
+    _refuse_beside(modules, name)
 
 
 def _refuse_quantized(modules: dict[str, AdaptedLayer | SavedModule], name: str) -> None:
@@ -79,12 +89,18 @@ def _refuse_beside(modules: dict[str, AdaptedLayer | SavedModule], name: str) ->
 
 
 def _fold_layer(base: BaseLayer, layer: Any) -> None:
-    bias = base.bias
-    merged = layer.merged_bias(base, bias) if bias is not None and hasattr(layer, "merged_bias") else None
-    base.replace_weight(layer.merged_weight(base, base.dense_weight()))
-    if bias is not None and merged is not None:
+    weight, bias = folded(base, layer)
+    base.replace_weight(weight)
+    if bias is not None and base.bias is not None:
         with torch.no_grad():
-            bias.copy_(merged)
+            base.bias.copy_(bias)
+
+
+def folded(base: BaseLayer, layer: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight (out, in) and bias with a layer of an adapter folded in, fp32; no bias where it stays."""
+    bias = base.bias
+    changes = bias is not None and hasattr(layer, "merged_bias")
+    return layer.merged_weight(base, base.dense_weight()), layer.merged_bias(base, bias) if changes else None
 
 
 def _fold_copy(module: SavedModule, name: str) -> None:
@@ -101,17 +117,3 @@ def _untie(model: Any, head: str) -> None:
     weight: Tensor = module.weight
     module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     model.config.tie_word_embeddings = False
-
-
-def decode_from(quantized: nn.Module, dense: nn.Module) -> None:
-    """Give a dense model the weights that a quantized one computes with.
-
-    Args:
-        quantized: Some of its layers are quantized; it may carry adapters.
-        dense: The same base, dense and without adapters; changed in place.
-    """
-    for path, base in base_layers(quantized).items():
-        if base.quantized:
-            target = BaseLayer.of(dense.get_submodule(path))
-            assert target is not None, path
-            target.replace_weight(base.dense_weight())

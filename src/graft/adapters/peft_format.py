@@ -20,6 +20,7 @@ from graft.adapters.attached import (
     adapter,
     adapter_tensors,
     adapters_of,
+    refuse_merged,
     set_active,
     trained_tensors,
 )
@@ -93,10 +94,11 @@ def save_adapter(
         The directory.
 
     Raises:
-        AdapterError: No such adapter, or one of its tensors is not finite.
+        AdapterError: No such adapter, one is merged into the weights, or a tensor is not finite.
         StorageError: The place cannot be written; what was there is untouched.
     """
     directory = directory_of(directory, "directory")
+    refuse_merged(model)
     known = adapter(model, name)
     tensors = {
         full_name(key): tensor.detach().float().cpu().contiguous()
