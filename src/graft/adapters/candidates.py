@@ -142,14 +142,14 @@ class Weights:
                 yield owner, self._written(form, owner, value, fill.sources[0], tally)
 
     def _written(self, form: Form, name: str, value: Any, source: StoredTensor, tally: Tally | None) -> Any:
+        if isinstance(value, Tensor):
+            self.folder.check_copies(name, value)
         target = form.plan is not None and name.removesuffix(".weight") in form.plan.targets
         if not self.folder.touches(name):
             same = form.plan is not None and isinstance(value, QuantizedTensor)
             if same and target and form.plan is not None and _alike(value.config, form.plan.settings):
                 return value
             return self._rounded(form, name, self._from(form.origin, name, value, source), value, source)
-        if isinstance(value, Tensor):
-            self.folder.check_copies(name, value)
         start = self._from(form.origin, name, value, source).float()
         merged = self.folder.merged(name, start)
         made = self._rounded(form, name, merged, value, source)

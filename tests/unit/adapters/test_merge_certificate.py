@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -245,6 +245,28 @@ def test_arguments_that_cannot_act_are_refused(tiny_dir: Callable[..., Path], tm
         with pytest.raises(AdapterError, match=what):
             merge(adapter, tmp_path / "m", **arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_a_base_weight_in_the_file_must_be_this_bases(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
+    """PEFT writes the base's own embedding and head beside the adapter of one of them."""
+    base = load(tiny_dir("qwen2"))
+    attach(base.model, graft.LoraConfig(rank=2, target_modules=("embed_tokens",)))
+    with torch.no_grad():
+        for tensor in adapter_tensors(base.model).values():
+            tensor.add_(0.1)
+    save_adapter(base.model, tmp_path / "a")
+    (tmp_path / "a" / "graft.json").unlink()  # as another tool writes it
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    own = base.model.lm_head.weight.detach().clone()
+    for key in ("model.embed_tokens.base_layer.weight", "lm_head.weight"):
+        save_file({**load_file(weights), f"base_model.model.{key}": own.clone()}, weights)
+    report = merge(tmp_path / "a", tmp_path / "m", base=tiny_dir("qwen2"))
+    assert report.untied
+    for key in ("model.embed_tokens.base_layer.weight", "lm_head.weight"):
+        save_file({**load_file(weights), f"base_model.model.{key}": own + 1}, weights)
+        with pytest.raises(AdapterError, match="differs from this base"):
+            merge(tmp_path / "a", tmp_path / "n", base=tiny_dir("qwen2"))
+        save_file({**load_file(weights), f"base_model.model.{key}": own.clone()}, weights)
 
 
 def test_probes(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
