@@ -96,8 +96,6 @@ def merge(  # noqa: PLR0913 - what a merge may be asked for
     out = directory_of(out, "out")
     told = progress or (lambda what, done, total: None)
     chosen_into = check_choice(into, from_quantized, quantization)
-    if out.exists():  # before anything is read; the write refuses it as well
-        raise StorageError("already exists", where=str(out), fix="choose another name or remove it")
     with new_directory(out) as partial:
         found = open_base(
             directory_of(adapter_dir, "adapter_dir"),

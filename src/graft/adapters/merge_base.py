@@ -213,9 +213,9 @@ def open_base(
             weights, tokenizer_digest(tokenizer), chat_template_digest(tokenizer), quantization_key(settled)
         )
     else:
+        contents = _decoded(name, revision, wanted, scratch)
         loaded = load(name, revision=revision, dtype=wanted, progress=progress)
         foreign, fingerprint, settled = loaded.model, loaded.fingerprint, None
-        contents = _decoded(name, revision, wanted, scratch)
         load_adapter(foreign, adapter_dir, force_base=force_base)
     model = contents.model
     model.graft_fingerprint, model.graft_name = fingerprint, rooted_name(name)

@@ -148,6 +148,8 @@ def test_requantized_weights_are_those_of_bitsandbytes(tiny_dir: Callable[..., P
         start = dense[name] if report.folded_into == "requantized_dense" else rounded(dense[name])
         torch.testing.assert_close(decoded, rounded(start + update.float()), atol=1e-6, rtol=1e-5)
         live = rounded(dense[name])
+        distance = float((dense[name] - live).double().norm() / update.norm())
+        assert report.candidate("dense").layers[name]["error"] == pytest.approx(distance, rel=1e-3)
         for form, origin in (("requantized", live), ("requantized_dense", dense[name])):
             written = (rounded(origin + update.float()) - rounded(origin)).double()
             survival = float((written * update).sum() / update.square().sum())
@@ -267,6 +269,30 @@ def test_a_base_weight_in_the_file_must_be_this_bases(tiny_dir: Callable[..., Pa
         with pytest.raises(AdapterError, match="differs from this base"):
             merge(tmp_path / "a", tmp_path / "n", base=tiny_dir("qwen2"))
         save_file({**load_file(weights), f"base_model.model.{key}": own.clone()}, weights)
+
+
+def test_a_projection_of_the_file_is_used(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
+    """What all layers share comes from the file, not from its seed alone."""
+    base = load(tiny_dir("llama"))
+    attach(base.model, graft.VeraConfig(rank=12, target_modules=("q_proj", "v_proj")))
+    with torch.no_grad():
+        for tensor in adapter_tensors(base.model).values():
+            tensor.add_(0.3)
+    save_adapter(base.model, tmp_path / "a")
+    (tmp_path / "a" / "graft.json").unlink()  # as another tool writes it
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    other = {
+        name: tensor.flip(0) if "vera_A" in name else tensor for name, tensor in load_file(weights).items()
+    }
+    save_file({name: tensor.contiguous() for name, tensor in other.items()}, weights)
+    live = load(tiny_dir("llama"))
+    load_adapter(live.model, tmp_path / "a")
+    ids = torch.arange(5, 60)[None]
+    merge(tmp_path / "a", tmp_path / "m", base=tiny_dir("llama"))
+    with torch.no_grad():
+        merged = load(tmp_path / "m").model(ids).logits
+        torch.testing.assert_close(merged, live.model(ids).logits, atol=1e-5, rtol=1e-5)
+        assert float((merged - base.model(ids).logits).abs().max()) > 1e-3
 
 
 def test_probes(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
