@@ -33,7 +33,14 @@ from graft.models.fingerprint import (
 )
 from graft.models.load import DTYPES, load, load_tokenizer
 from graft.models.locate import resolve, rooted_name
-from graft.models.packed import OWN_METHODS, agree, open_packed, original_weights, stored_method
+from graft.models.packed import (
+    OWN_METHODS,
+    PackedTensor,
+    agree,
+    open_packed,
+    original_weights,
+    stored_method,
+)
 from graft.models.quantize import QuantizedPlan
 from graft.models.save import save_model
 from graft.models.stream import Progress, TensorStream
@@ -109,7 +116,12 @@ class MergeBase:
             )
         elif quantization is not None:
             settings = quantization
-        return None if settings is None else QuantizedPlan.of(contents, settings)
+        if settings is None:
+            return None
+        plan = QuantizedPlan.of(contents, settings)
+        packed = [tensor.name for tensor in contents.stored if isinstance(tensor, PackedTensor)]
+        # What a base in codes keeps dense stays dense, whatever its config says of it.
+        return replace(plan, targets=frozenset(n.removesuffix(".weight") for n in packed)) if packed else plan
 
     def _check(self, into: str, names: list[str]) -> None:
         where = str(self.adapter_dir)

@@ -226,6 +226,24 @@ def test_an_update_lost_in_codes_is_refused_where_codes_were_asked_for(
     assert merge(adapter, tmp_path / "m").folded_into == "dequantized"
 
 
+def test_what_a_base_in_codes_keeps_dense_stays_dense(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
+    from graft.models.quantize import quantize
+    from graft.quant.linear import quantized_modules
+
+    settings = QuantizationConfig(quant_type="nf4", skip_modules=("o_proj",))
+    quantize(tiny_dir("llama"), settings, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    del config["quantization_config"]["skip_modules"]  # a word of graft's, which other writers do not know
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    adapter = trained(tmp_path / "base", tmp_path / "a", 0.3)
+    merge(adapter, tmp_path / "m", into="requantized")
+    found, wanted = (quantized_modules(load(tmp_path / name).model) for name in ("m", "base"))
+    assert set(found) == set(wanted)
+    assert not any("o_proj" in path for path in found)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    assert "model.layers.0.self_attn.o_proj" in config["llm_int8_skip_modules"]
+
+
 def test_an_adapter_that_moves_no_logit_is_refused(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
     adapter = trained(tiny_dir("llama"), tmp_path / "a", 1e-12)
     with pytest.raises(AdapterError, match="changes nothing") as caught:
