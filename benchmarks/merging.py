@@ -1,6 +1,6 @@
 """What is left of a QLoRA adapter in each way of merging it, and the memory that merging takes.
 
-    OMP_NUM_THREADS=1 python benchmarks/merging.py      # results/merging.json, .md and docs/how-to/merge.md
+    OMP_NUM_THREADS=1 python benchmarks/merging.py      # results/merging.json, .md and docs/merging.md
     python benchmarks/merging.py --small                # few steps, one model, writes nothing
     python benchmarks/merging.py --table                # no measuring, only the pages
 
@@ -36,7 +36,7 @@ from graft.evaluate.loss import evaluate_loss
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 RESULTS = Path(__file__).resolve().parent / "results" / "merging.json"
-PAGE = ROOT / "docs" / "how-to" / "merge.md"
+PAGE = ROOT / "docs" / "merging.md"
 BEGIN, END = "<!-- written by benchmarks/merging.py -->", "<!-- end -->"
 MIB = 2**20
 
@@ -50,12 +50,12 @@ SETTINGS = {"batch_size": 8, "learning_rate": 5e-4, "seed": 0}
 SHARD_BYTES = 32 * MIB
 
 
-def split(directory: Path) -> tuple[Path, Path]:
-    """Nine tenths of the book to train on, and the rest."""
+def split(directory: Path, num_characters: int = 40_000) -> tuple[Path, Path]:
+    """Nine tenths of the book to train on, and the beginning of the rest."""
     text = BOOK.read_text(encoding="utf-8")
     cut = text.rindex("\n\n", 0, len(text) * 9 // 10)
     made = directory / "train.txt", directory / "held-out.txt"
-    for path, part in zip(made, (text[:cut], text[cut:][:40_000]), strict=True):
+    for path, part in zip(made, (text[:cut], text[cut:][:num_characters]), strict=True):
         path.write_text(part, encoding="utf-8")
     return made
 
@@ -221,7 +221,7 @@ def peak(case: str, directory: Path) -> float:
 CASES = ("graft, write", "graft, all", "peft")
 
 
-def memory(shape: str, shard_bytes: int) -> dict[str, Any]:
+def memory(shape: str, shard_bytes: int, cases: tuple[str, ...] = CASES) -> dict[str, Any]:
     """Peaks in fresh processes."""
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
@@ -229,7 +229,7 @@ def memory(shape: str, shard_bytes: int) -> dict[str, Any]:
         make_model(directory / "measured", shape, shard_bytes)
         shards = [path.stat().st_size for path in (directory / "measured" / "base").glob("*.safetensors")]
         found: dict[str, float] = {}
-        for case in CASES:
+        for case in cases:
             command = [sys.executable, "-W", "ignore", __file__, "--case", case, "--directory", temporary]
             environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
             done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -289,11 +289,11 @@ def main() -> None:
         for steps in list(LENGTHS)[:1] if given.small else LENGTHS:
             with tempfile.TemporaryDirectory() as temporary:
                 work = Path(temporary)
-                train, held_out = split(work)
+                train, held_out = split(work, 2_000) if given.small else split(work)
                 if given.small:
-                    LENGTHS[steps] = 3
+                    LENGTHS[steps] = 2
                 rows += measure(model, steps, train, held_out, work)
-    found = memory("small", MIB) if given.small else memory("600 MiB", SHARD_BYTES)
+    found = memory("small", MIB, CASES[:1]) if given.small else memory("600 MiB", SHARD_BYTES)
     print(table(rows), told(found), sep="\n")
     if not given.small:
         text = "KL and flips against the live model on held-out text, in float32; loss in nats a token."
