@@ -1,6 +1,6 @@
 """What is left of a QLoRA adapter in each way of merging it, and the memory that merging takes.
 
-    OMP_NUM_THREADS=1 python benchmarks/merging.py      # results/merging.json, .md and docs/merging.md
+    OMP_NUM_THREADS=1 python benchmarks/merging.py      # what the results have not yet; a few minutes
     python benchmarks/merging.py --small                # few steps, one model, writes nothing
     python benchmarks/merging.py --table                # no measuring, only the pages
 
@@ -8,7 +8,8 @@ Adapters of rank 16 over all linears of NF4 bases are trained on nine tenths of 
 for many; every candidate of graft.merge is then compared with the live model on the last tenth. Loss is that
 of the written directory, or of the live model, on the same rows. Memory is what a fresh process holds at most
 beyond what it held before the call, for a model with random weights in shards of 32 MiB; PEFT's
-merge_and_unload and save_pretrained of the same adapter beside it.
+merge_and_unload and save_pretrained of the same adapter beside it. Writes results/merging.json and .md and
+the tables of docs/merging.md.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ import torch
 import graft
 from graft import files
 from graft.adapters.merge import merge
-from graft.adapters.merge_report import MergeReport
+from graft.adapters.merge_base import open_base
+from graft.adapters.merged_files import write_merged
 from graft.data.config import DataConfig
 from graft.data.loader import Loader
 from graft.data.prepare import prepare
@@ -41,16 +43,20 @@ BEGIN, END = "<!-- written by benchmarks/merging.py -->", "<!-- end -->"
 MIB = 2**20
 
 MODELS = {
-    "tinystories-656k": str(SHARED / "models" / "tinystories-656k"),
     "builtin": "builtin",
+    "tinystories-656k": str(SHARED / "models" / "tinystories-656k"),
 }
 BOOK = SHARED / "datasets" / "tinyshakespeare" / "input.txt"
-LENGTHS = {"20 steps": 20, "200 steps": 200}
-SETTINGS = {"batch_size": 8, "learning_rate": 5e-4, "seed": 0}
+LENGTHS = {"10 steps": 10, "60 steps": 60}
+SETTINGS = {"batch_size": 4, "learning_rate": 1e-3, "seed": 0}
+ROW = 128
+"""Tokens of a row of training."""
+
+CODES = ("nf4", "int8")
 SHARD_BYTES = 32 * MIB
 
 
-def split(directory: Path, num_characters: int = 40_000) -> tuple[Path, Path]:
+def split(directory: Path, num_characters: int = 16_000) -> tuple[Path, Path]:
     """Nine tenths of the book to train on, and the beginning of the rest."""
     text = BOOK.read_text(encoding="utf-8")
     cut = text.rindex("\n\n", 0, len(text) * 9 // 10)
@@ -62,11 +68,13 @@ def split(directory: Path, num_characters: int = 40_000) -> tuple[Path, Path]:
 
 def loss_of(base: Any, data: Path) -> float:
     """Nats a token."""
-    rows = prepare(str(data), base.tokenizer, DataConfig(max_length=256, packing=False), "eval").samples[:32]
-    return evaluate_loss(base.model, Loader(rows, 8, 256, packing=False, shuffle=False).epoch(0)).loss
+    rows = prepare(str(data), base.tokenizer, DataConfig(max_length=ROW, packing=False), "eval").samples[:32]
+    return evaluate_loss(base.model, Loader(rows, 8, ROW, packing=False, shuffle=False).epoch(0)).loss
 
 
-def measure(model: str, steps: str, train: Path, held_out: Path, work: Path) -> list[dict[str, Any]]:
+def measure(
+    model: str, num_steps: int, steps: str, train: Path, held_out: Path, work: Path
+) -> list[dict[str, Any]]:
     """Train an adapter; a row for the base and for each candidate, in 4 and in 8 bits."""
     base = graft.load(MODELS[model], quantization="nf4")
     plain = loss_of(base, held_out)
@@ -74,63 +82,41 @@ def measure(model: str, steps: str, train: Path, held_out: Path, work: Path) -> 
     run = graft.train(
         base,
         data=str(train),
-        data_config=DataConfig(max_length=256),
+        data_config=DataConfig(max_length=ROW),
         output=str(work / "run"),
-        max_steps=LENGTHS[steps],
+        max_steps=num_steps,
         **SETTINGS,
     )
     live = graft.load(MODELS[model], quantization="nf4")
     graft.load_adapter(live.model, run.adapter)
-    losses: dict[str, float] = {"base": plain, "live": loss_of(live, held_out)}
-    reports: dict[str, MergeReport] = {}
-    for name, how in {
-        "dense": {"into": "dense"},
-        "dequantized": {"into": "dequantized"},
-        "nf4": {"into": "requantized", "allow_no_op": True},
-        "int8": {"into": "requantized", "quantization": "int8"},
-    }.items():
-        reports[name] = merge(run.adapter, work / name, data=held_out, **how)
-        losses[reports[name].folded_into + (" int8" if name == "int8" else "")] = loss_of(
-            graft.load(work / name), held_out
-        )
-    first = reports["dense"]
     facts = {"model": model, "adapter": steps}
-    rows = [
-        {
-            **facts,
-            "written as": "(live model)",
-            "kl": 0.0,
-            "flips": 0.0,
-            "survival": 1.0,
-            "loss": losses["live"],
-        },
-        {
-            **facts,
-            "written as": "(base alone)",
-            "kl": first.adapter_kl,
-            "flips": first.adapter_flips,
-            "survival": 0.0,
-            "loss": losses["base"],
-        },
-    ]
-    for report in (reports["nf4"], reports["int8"]):
+    same = {"kl": 0.0, "flips": 0.0, "survival": 1.0}
+    rows = [{**facts, "written as": "(live model)", **same, "loss": loss_of(live, held_out)}]
+    for codes in CODES:
+        how: dict[str, Any] = {"into": "requantized", "quantization": codes, "allow_no_op": True}
+        report = merge(run.adapter, work / codes, data=held_out, **how)
+        losses = written_losses(run.adapter, codes, held_out, work)
+        if codes == CODES[0]:
+            effect = {"kl": report.adapter_kl, "flips": report.adapter_flips, "survival": 0.0, "loss": plain}
+            rows.append({**facts, "written as": "(base alone)", **effect})
         for item in report.candidates:
-            bits = " int8" if report is reports["int8"] else ""
-            if bits and not item.name.startswith("requantized"):
-                continue
-            rows.append(
-                {
-                    **facts,
-                    "written as": f"{item.name}, {item.stored_as}",
-                    "mib": item.num_bytes / MIB,
-                    "kl": item.kl,
-                    "flips": item.flips,
-                    "survival": item.survival,
-                    "error": item.error,
-                    "loss": losses.get(item.name + bits),
-                }
-            )
+            if codes == CODES[0] or item.name.startswith("requantized"):
+                figures = {name: getattr(item, name) for name in ("kl", "flips", "survival", "error")}
+                size = {"mib": item.num_bytes / MIB}
+                told = {"written as": f"{item.name}, {item.stored_as}", "loss": losses[item.name]}
+                rows.append({**facts, **told, **size, **figures})
     return rows
+
+
+def written_losses(adapter: Path, codes: str, held_out: Path, work: Path) -> dict[str, float]:
+    """Nats a token of each candidate, written and loaded."""
+    found = open_base(adapter, None, None, force_base=False, scratch=work / "none")
+    losses = {}
+    for form in found.forms("requantized", codes):
+        out = work / f"{codes}-{form.name}"
+        write_merged(found.weights, form, out, found.tokenizer, found.dtype)
+        losses[form.name] = loss_of(graft.load(out), held_out)
+    return losses
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -192,11 +178,9 @@ def merged_by(case: str, directory: Path) -> None:
     out = directory / case.replace(" ", "-")
     shards: dict[str, Any] = {"max_shard_bytes": SHARD_BYTES}
     if case == "graft, all":
-        merge(directory / "adapter", out, **shards)
+        (directory / "text.txt").write_text("Once upon a time there was a king. " * 8, encoding="utf-8")
+        merge(directory / "adapter", out, data=directory / "text.txt", **shards)
     elif case == "graft, write":
-        from graft.adapters.merge_base import open_base
-        from graft.adapters.merged_files import write_merged
-
         found = open_base(directory / "adapter", None, None, force_base=False, scratch=directory / "none")
         form = next(form for form in found.forms("dequantized", None) if form.name == "dequantized")
         write_merged(found.weights, form, out, found.tokenizer, found.dtype, **shards)
@@ -247,7 +231,7 @@ def memory(shape: str, shard_bytes: int, cases: tuple[str, ...] = CASES) -> dict
 def told(found: dict[str, Any]) -> str:
     names = {
         "graft, write": "graft, folding and writing alone",
-        "graft, all": "graft, with every candidate measured",
+        "graft, all": "graft, with every candidate measured on a short text",
         "peft": "PEFT, merge_and_unload and save_pretrained",
     }
     lines = [
@@ -284,21 +268,28 @@ def main() -> None:
     if given.table:
         write(files.read_json(RESULTS))
         return
-    rows = []
-    for model in ["builtin"] if given.small else MODELS:
-        for steps in list(LENGTHS)[:1] if given.small else LENGTHS:
-            with tempfile.TemporaryDirectory() as temporary:
-                work = Path(temporary)
-                train, held_out = split(work, 2_000) if given.small else split(work)
-                if given.small:
-                    LENGTHS[steps] = 2
-                rows += measure(model, steps, train, held_out, work)
-    found = memory("small", MIB, CASES[:1]) if given.small else memory("600 MiB", SHARD_BYTES)
-    print(table(rows), told(found), sep="\n")
-    if not given.small:
-        text = "KL and flips against the live model on held-out text, in float32; loss in nats a token."
-        machine = f"torch {torch.__version__}, {platform.machine()}"
-        write({"text": text, "machine": machine, "rows": rows, "memory": found})
+    if given.small:
+        print(table(one("builtin", "10 steps", small=True)), told(memory("small", MIB, CASES[:1])), sep="\n")
+        return
+    text = "KL and flips against the live model on held-out text, in float32; loss in nats a token."
+    record: dict[str, Any] = {"text": text, "machine": f"torch {torch.__version__}, {platform.machine()}"}
+    known = files.read_json(RESULTS) if RESULTS.exists() else {}
+    record |= {"memory": known.get("memory") or memory("600 MiB", SHARD_BYTES), "rows": known.get("rows", [])}
+    write(record)
+    for model in MODELS:
+        for steps in LENGTHS:
+            if not any((row["model"], row["adapter"]) == (model, steps) for row in record["rows"]):
+                record["rows"] += one(model, steps)
+                write(record)
+    print(table(record["rows"]), told(record["memory"]), sep="\n")
+
+
+def one(model: str, steps: str, *, small: bool = False) -> list[dict[str, Any]]:
+    """The rows of one adapter."""
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        train, held_out = split(work, 2_000) if small else split(work)
+        return measure(model, 2 if small else LENGTHS[steps], steps, train, held_out, work)
 
 
 if __name__ == "__main__":

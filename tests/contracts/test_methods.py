@@ -258,8 +258,7 @@ def test_merged_is_live(tiny_dir: Callable[..., Path], name: str, family: str) -
 
 
 @every
-@families
-@pytest.mark.parametrize("quantization", [None, "nf4"])
+@pytest.mark.parametrize(("family", "quantization"), [("llama", "nf4"), ("gpt2", None)])
 def test_merged_files_are_live(
     tiny_dir: Callable[..., Path], name: str, family: str, quantization: str | None, tmp_path: Path
 ) -> None:
