@@ -7,9 +7,9 @@
 Adapters of rank 16 over all linears of NF4 bases are trained on nine tenths of a book, for a few steps and
 for many; every candidate of graft.merge is then compared with the live model on the last tenth. Loss is that
 of the written directory, or of the live model, on the same rows. Memory is what a fresh process holds at most
-beyond what it held before the call, for a model with random weights in shards of 32 MiB; PEFT's
-merge_and_unload and save_pretrained of the same adapter beside it. Writes results/merging.json and .md and
-the tables of docs/merging.md.
+(its own, not pages of files) beyond what it held before the call, for a model with random weights in shards
+of 32 MiB; PEFT's merge_and_unload and save_pretrained of the same adapter beside it. Writes
+results/merging.json and .md and the tables of docs/merging.md.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -194,12 +195,24 @@ def merged_by(case: str, directory: Path) -> None:
 
 
 def peak(case: str, directory: Path) -> float:
-    """MiB beyond what was held before, in this process; a small merge has imported everything."""
+    """MiB beyond what was held before, in this process; a small merge has imported everything.
+
+    Counted is memory of its own: pages of files, libraries among them, come and go with what others do.
+    """
     merged_by(case, directory / "warm")
-    before = _status_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    before, most, done = _status_mib("RssAnon"), 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.002):
+            most = max(most, _status_mib("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     merged_by(case, directory / "measured")
-    return _status_mib("VmHWM") - before
+    done.set()
+    watcher.join()
+    return most - before
 
 
 CASES = ("graft, write", "graft, all", "peft")
