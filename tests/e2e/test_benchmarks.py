@@ -51,3 +51,14 @@ def test_monitors_are_timed() -> None:
 def test_memory_and_speed_of_training_are_compared() -> None:
     told = run("training.py", "--small", "--steps", "1", "--only", "graft-lora", "peft-lora")
     assert "memory_over_peft" in told
+
+
+def test_ways_of_merging_are_compared(shared: Path) -> None:
+    told = run("merging.py", "--small")
+    for what in (
+        "requantized_dense, nf4",
+        "requantized, int8",
+        "dequantized, bfloat16",
+        "folding and writing alone",
+    ):
+        assert what in told

@@ -18,6 +18,7 @@ from graft.adapters.attached import (
     adapters_of,
     attachments,
     disabled,
+    refuse_merged,
     set_active,
     stays_tied,
     trained_tensors,
@@ -143,7 +144,7 @@ def install(
     """
     check_name(model, name)
     method_of(config)
-    config, targets, saved, biases = _selected(model, config, selection, strict)
+    config, targets, saved, biases = selected(model, config, selection, strict=strict)
     if seed is not None:
         _refuse_without_gradient(targets)
         check_targets(config, targets)
@@ -157,7 +158,7 @@ def install(
         model.graft_attachments = record  # type: ignore[assignment]
         for parameter in record.frozen:
             parameter.requires_grad_(False)
-    shared = _shared(config, targets)
+    shared = shared_of(config, targets)
     for path, base in targets.items():
         start = None if starts is None else starts.layers.get(path)
         _adapt(model, path, base, config, name, seed, shared, start)
@@ -167,7 +168,10 @@ def install(
     adapter = Adapter(name, config, tuple(targets), tuple(saved), 0, tuple(biases), shared=shared)
     record.adapters[name] = adapter
     adapter.num_trainable = sum(tensor.numel() for tensor in trained_tensors(model, name).values())
-    adapter.notes += [*_tied_notes(model, adapter), *(starts.notes if starts is not None else ())]
+    adapter.notes += tied_notes(
+        model, (*targets, *saved), together=stays_tied(model, name)
+    )
+    adapter.notes += starts.notes if starts is not None else ()
     if selection.target_modules == ALL_LINEAR and (stacks := stacked_experts(model)):
         adapter.notes.append(f"the experts carry no adapter: {stacks}")
     guard_save_pretrained(model)
@@ -175,10 +179,25 @@ def install(
     return adapter
 
 
-def _selected(
-    model: nn.Module, config: AdapterConfig, selection: Selection, strict: bool
+def selected(
+    model: nn.Module, config: AdapterConfig, selection: Selection, *, strict: bool
 ) -> tuple[AdapterConfig, dict[str, BaseLayer], dict[str, nn.Module], list[str]]:
-    """Settings, targets, modules trained in full, modules whose bias trains; refuses what cannot be done."""
+    """What an adapter acts on in a model, which is not changed and may be on the meta device.
+
+    Args:
+        model: Where it is to go.
+        config: The method's settings.
+        selection: Where it goes.
+        strict: Whether a part of the selection may have no effect.
+
+    Returns:
+        Its settings with what follows from the layers filled in, its targets, the modules that it trains in
+        full and those of which it trains the bias, by path.
+
+    Raises:
+        TargetError: Nothing is selected, or what the method cannot do.
+        AdapterError: A module is already trained in full.
+    """
     targets = select_targets(model, selection, strict=strict)
     saved = select_saved(model, selection.modules_to_save)
     rows = select_rows(model, config)
@@ -200,11 +219,12 @@ def _selected(
 
 
 def check_name(model: nn.Module, name: str) -> None:
-    """Refuse a name that is taken or that cannot name a module.
+    """Refuse a name that is taken or that cannot name a module, and a base that holds a merged adapter.
 
     Raises:
         AdapterError: In these cases.
     """
+    refuse_merged(model)
     if name in attachments(model).adapters:
         raise AdapterError(
             f"the model already has an adapter {name!r}",
@@ -267,6 +287,11 @@ def _refuse_overlap(model: nn.Module, targets: dict[str, BaseLayer], saved: dict
 
 
 def _refuse_kinds(config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> None:
+    """Refuse layers of a kind that a method does not adapt.
+
+    Raises:
+        TargetError: There is one.
+    """
     kinds = kinds_of(method_of(config))
     for path, base in targets.items():
         if base.kind not in kinds:
@@ -277,7 +302,8 @@ def _refuse_kinds(config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> No
             )
 
 
-def _shared(config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> nn.Module | None:
+def shared_of(config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> nn.Module | None:
+    """What all layers of an adapter share (`AdapterMethod.build_shared`); None where they share nothing."""
     build = getattr(method_of(config), "build_shared", None)
     made: nn.Module | None = build(list(targets.values()), config) if build is not None and targets else None
     return made
@@ -363,10 +389,17 @@ def _save_module(model: nn.Module, path: str, name: str, *, whole: bool) -> None
         module.add_bias(name)
 
 
-def _tied_notes(model: nn.Module, adapter: Adapter) -> list[str]:
+def tied_notes(model: nn.Module, paths: Collection[str], *, together: bool) -> list[str]:
+    """What to know about an adapter over one half, or both, of a tied embedding and head.
+
+    Args:
+        model: The model.
+        paths: What the adapter changes.
+        together: Whether it does the same to both, so that they keep sharing a weight (`stays_tied`).
+    """
     pair = tied_pair(model)
-    touched = [path for path in pair or () if path in adapter.targets or path in adapter.saved_modules]
-    if pair is None or not touched or stays_tied(model, adapter.name):
+    touched = [path for path in pair or () if path in paths]
+    if pair is None or not touched or together:
         return []
     other = [path for path in pair if path not in touched]
     what = f"{' and '.join(touched)} {'are' if len(touched) > 1 else 'is'} trained"

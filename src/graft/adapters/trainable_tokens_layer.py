@@ -33,8 +33,7 @@ class TokenRows(nn.Module):
         super().__init__()
         self._leaf = leaf
         chosen = torch.tensor(indices, dtype=torch.long)
-        rows = base.dense_weight(None).t()[chosen.to(base.device)].float().cpu()
-        self.rows = nn.Parameter(rows.contiguous().clone())
+        self.rows = nn.Parameter(_first_rows(base, chosen))
         self.register_buffer("indices", chosen, persistent=False)
         self.register_buffer("order", chosen.argsort(), persistent=False)
 
@@ -92,6 +91,13 @@ class TokenRows(nn.Module):
         weight = base.dense_weight(None)
         old = weight[:, self.indices.to(weight.device)].t()
         return torch.equal(self.rows.detach().to(old), old)
+
+
+def _first_rows(base: BaseLayer, chosen: Tensor) -> Tensor:
+    if base.device.type == "meta":  # they are filled from a file
+        return torch.zeros(len(chosen), base.out_features)
+    rows = base.dense_weight(None).t()[chosen.to(base.device)].float().cpu()
+    return rows.contiguous().clone()
 
 
 class TiedRows(nn.Module):
