@@ -168,9 +168,7 @@ def install(
     adapter = Adapter(name, config, tuple(targets), tuple(saved), 0, tuple(biases), shared=shared)
     record.adapters[name] = adapter
     adapter.num_trainable = sum(tensor.numel() for tensor in trained_tensors(model, name).values())
-    adapter.notes += tied_notes(
-        model, (*targets, *saved), together=stays_tied(model, name)
-    )
+    adapter.notes += tied_notes(model, (*targets, *saved), together=stays_tied(model, name))
     adapter.notes += starts.notes if starts is not None else ()
     if selection.target_modules == ALL_LINEAR and (stacks := stacked_experts(model)):
         adapter.notes.append(f"the experts carry no adapter: {stacks}")

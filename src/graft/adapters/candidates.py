@@ -33,8 +33,8 @@ class Form:
     """One way of writing the merged model."""
 
     name: str
-    """dense: W + d; dequantized: Q(W) + d; quantized: the same in the codes of Q(W), d having moved the shifts
-    of its blocks; requantized: Q(Q(W) + d); requantized_dense: Q(W + d)."""
+    """dense: W + d; dequantized: Q(W) + d; quantized: the same in the codes of Q(W), d in the shifts of its
+    blocks; requantized: Q(Q(W) + d); requantized_dense: Q(W + d)."""
     origin: Origin
     """What the update is added to."""
     plan: QuantizedPlan | None

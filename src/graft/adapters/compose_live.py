@@ -42,8 +42,8 @@ def save_active(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         The directory.
 
     Raises:
-        AdapterError: None acts, one is merged into the weights, one of them has no update that adds up or trains modules in full, or nothing
-            is left of them together.
+        AdapterError: None acts, one is merged into the weights, one of them has no update that adds up or
+            trains modules in full, or nothing is left of them together.
         StorageError: The place cannot be written; what was there is untouched.
     """
     place = directory_of(directory, "directory")

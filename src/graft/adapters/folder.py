@@ -43,9 +43,10 @@ class Folder:
         """The adapter's settings."""
         self.places = (*targets, *saved, *biases)
         """Paths of the layers and modules that it trains something of."""
-        leaves = [f"{path}.{leaf}" for path in saved for leaf, _ in model.get_submodule(path).named_parameters()]
-        leaves += [f"{path}.bias" for path in biases]
-        self.saved = {name: stored.values[name].float() for name in leaves}
+        leaves = {path: [leaf for leaf, _ in module.named_parameters()] for path, module in saved.items()}
+        leaves |= dict.fromkeys(biases, ["bias"])
+        names = [f"{path}.{leaf}" for path, own in leaves.items() for leaf in own]
+        self.saved = {name: stored.values[name].float() for name in names}
         """Tensors that were trained in full, fp32, by their names in the model."""
         self.bases = dict(targets)
         """The layers below, by path."""
@@ -69,7 +70,7 @@ class Folder:
 
     def _adapt_tied(self, model: Any, embedding: str, head: str) -> bool:
         """Let a layer over the embedding act in the head too, where it does the same there."""
-        layer = self.layers.get(embedding)
+        layer: Any = self.layers.get(embedding)
         if not hasattr(layer, "tied_layer"):
             return False
         self.layers[head] = layer.tied_layer().eval()

@@ -61,16 +61,16 @@ def merge(  # noqa: PLR0913 - what a merge may be asked for
 
     An adapter that was trained on a quantized base can be folded into the dense original, into the weights
     that the quantized base computes with, or into either and rounded to codes again. Each is compared with
-    the live model on held-out text; by default the closest one that stays dense is written. QA-LoRA over int4,
-    int3 or int2 moves the shifts of the base's blocks alone, and keeps its codes; one that makes up for
-    rounding (init "loftq") is folded into the weights that the quantized base computes with only.
+    the live model on held-out text; by default the closest one that stays dense is written. QA-LoRA over
+    int4, int3 or int2 moves the shifts of the base's blocks alone, and keeps its codes; an adapter that makes
+    up for rounding (init "loftq") is folded into what the quantized base computes with, and nothing else.
 
     Args:
         adapter_dir: The adapter.
         out: A new directory; it appears whole or not at all, with a certificate in graft.json.
         base: The base model; by default the one that adapter_config.json names.
-        into: "dense", "dequantized", "quantized" (the base's codes, of QA-LoRA only), "requantized" (the closer
-            one of both bases), or "auto": "quantized" where there is that, else the closer one of the first
+        into: "dense", "dequantized", "quantized" (the base's codes, for QA-LoRA), "requantized" (the closer
+            one of both bases), or "auto": "quantized" where that can be, else the closer one of the first
             two.
         quantization: Of the requantized candidate: settings, or only a quant_type; by default that of the
             base in training, and without one there is no such candidate.
@@ -152,7 +152,12 @@ def merge(  # noqa: PLR0913 - what a merge may be asked for
             forced_base=found.forced,
             allowed_no_op=allow_no_op,
             fingerprint=fingerprint,
-            notes=(*found.notes, *probe.notes, *_told_of_method(found, form), *_advice(form, measured, candidates, effect)),
+            notes=(
+                *found.notes,
+                *probe.notes,
+                *_told_of_method(found, form),
+                *_advice(form, measured, candidates, effect),
+            ),
         )
         _publish(written, partial, found)
         write_json(partial / FILE, found.certificate(report.to_dict()))

@@ -134,7 +134,7 @@ class MergeBase:
         return replace(plan, targets=frozenset(n.removesuffix(".weight") for n in packed)) if packed else plan
 
     def _codes(self) -> QuantizedPlan | None:
-        """How the live model's own codes are written, where every layer takes its update into their shifts."""
+        """How the live codes are written, where every layer takes its update into the shifts of blocks."""
         folder = self.weights.folder
         plan = self._plan(None)
         if plan is None or not plan.settings.affine or not folder.layers:
@@ -154,7 +154,7 @@ class MergeBase:
             )
         if into == "dense" and self.makes_up and into not in names:
             raise AdapterError(
-                "the adapter makes up for the rounding of its base (init loftq): it is wrong on dense weights",
+                "the adapter makes up for the rounding of its base (init loftq): dense weights have none",
                 where=where,
                 fix="--into dequantized, or leave it out",
             )

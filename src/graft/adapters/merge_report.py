@@ -23,8 +23,9 @@ class Candidate:
 
     name: str
     """dense: the base's own weights and the update; dequantized: the decoded weights of the quantized base
-    and the update; quantized: the live codes, the update in the shifts of their blocks; requantized: the live weights rounded to codes again; requantized_dense: the base's own
-    weights and the update, rounded to codes."""
+    and the update; quantized: its codes, with the update in the shifts of their blocks; requantized: the live
+    weights rounded to codes again; requantized_dense: the base's own weights and the update, rounded to
+    codes."""
     stored_as: str
     """A dtype, or a quant_type."""
     num_bytes: int
