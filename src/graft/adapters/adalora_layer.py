@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from graft.adapters.lora_layer import LoraUpdate, begun_update, is_fresh
+from graft.adapters.lora_update import LoraUpdate, begun_update, is_fresh
 from graft.models.layers import BaseLayer
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class AdaLoraLayer(nn.Module):
         """What a checkpoint keeps besides: which triplets are left."""
         return {"kept": self.kept}
 
-    def update_factors(self) -> tuple[Tensor, Tensor]:
+    def plain_factors(self) -> tuple[Tensor, Tensor]:
         """Q (rank, in) and P diag(E) (out, rank), whose product times scaling is the update."""
         return self.lora_A.detach(), self.lora_B.detach() * self.lora_E.detach().t()
 
@@ -125,7 +125,7 @@ class AdaLoraLayer(nn.Module):
             base: The layer below.
             weight: Its weight (out, in), fp32; not changed.
         """
-        down, up = (factor.to(weight.device) for factor in self.update_factors())
+        down, up = (factor.to(weight.device) for factor in self.plain_factors())
         return torch.addmm(weight, up, down, alpha=self.scaling)
 
 

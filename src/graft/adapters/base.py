@@ -74,7 +74,7 @@ class AdapterLayer(Protocol):
     - `start()`: tensors by name that the update is measured from, and `begin_at(lora_A, lora_B, subtract=)`,
       which sets them; see `LoraLinear`. Checkpoints hold them, files do not.
     - `share(shared)`: takes what `AdapterMethod.build_shared` made.
-    - `update_factors()`: A (rank, in) and B (out, rank) of an update `scaling` B A that has other tensors.
+    - `plain_factors()`: A (rank, in) and B (out, rank) of an update `scaling` B A that has other tensors.
     - `state_tensors()`: by name, what neither trains nor follows from the base and the settings.
     - `block_update(block)`: (out, in / block), what an update adds to all weights of each block of a row;
       None where it differs within a block. A merge then moves the shifts of an affine quantized base.

@@ -17,7 +17,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from graft.adapters.lora_layer import LoraEmbedding, LoraLinear, no_autocast
+from graft.adapters.lora_layer import LoraEmbedding, LoraLinear
+from graft.adapters.lora_update import no_autocast
 from graft.models.layers import BaseLayer
 
 

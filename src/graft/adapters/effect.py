@@ -65,8 +65,8 @@ def factors(layer: Any) -> tuple[Tensor, Tensor] | None:
 
     One that is measured from a start has factors of twice the rank.
     """
-    if hasattr(layer, "update_factors"):
-        own: tuple[Tensor, Tensor] = layer.update_factors()
+    if hasattr(layer, "plain_factors"):
+        own: tuple[Tensor, Tensor] = layer.plain_factors()
         return own
     tensors = layer.tensors()
     for first, second in PAIRS:

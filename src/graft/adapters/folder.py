@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from graft.adapters.adapted import AdaptedLayer
-from graft.adapters.attach import replace_module, selected, shared_of
+from graft.adapters.attach import replace_module, shared_of
 from graft.adapters.base import method_of
 from graft.adapters.fold import refuse_new_bias
 from graft.adapters.peft_open import StoredAdapter
 from graft.adapters.peft_tensors import WEIGHTS, check_base_copy
+from graft.adapters.selected import selected
 from graft.adapters.targets import base_layers, tied_pair
 from graft.models.layers import BaseLayer
 

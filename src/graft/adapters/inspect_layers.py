@@ -41,7 +41,7 @@ class Part:
     config: Any
 
 
-_PAIRS = (*PAIRS, ("hada_w1_b", "hada_w1_a"))
+_PAIRS = (*PAIRS, ("lora_A", "lora_B"), ("hada_w1_b", "hada_w1_a"))
 """Tensors of a product, whose outer sides are those of the layer."""
 
 
@@ -117,6 +117,8 @@ def build(
         layer.share(shared)
     wanted = layer.tensors()
     where = f"{next(iter(part.stored.values())).file}, layer {part.path!r}"
+    if wanted.keys() == values.keys() and hasattr(method, "restored"):
+        values = {leaf: method.restored(view, part.config, leaf, v, where) for leaf, v in values.items()}
     if wanted.keys() != values.keys():
         raise AdapterError(
             f"the layer has {', '.join(sorted(values))}; the settings call for {', '.join(sorted(wanted))}",

@@ -57,7 +57,7 @@ class LoraBiasLinear(LoraLinear):
             found["base_layer.bias"] = self.bias
         return found
 
-    def update_factors(self) -> tuple[Tensor, Tensor]:
+    def plain_factors(self) -> tuple[Tensor, Tensor]:
         """A (rank, in) and B (out, rank)."""
         return self.lora_A.detach(), self.lora_B.detach()
 

@@ -142,7 +142,7 @@ class QaLoraMethod:
         """
         tensors = {}
         for path, layer in layers.items():
-            down, up = layer.update_factors()
+            down, up = layer.plain_factors()
             tensors[path] = {"lora_A.weight": down, "lora_B.weight": up}
         return config, tensors
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from graft.adapters.lora_layer import LoraUpdate, begun_update, is_fresh
+from graft.adapters.lora_update import LoraUpdate, begun_update, is_fresh
 from graft.models.layers import BaseLayer
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class QaLoraLayer(nn.Module):
         """The trainable tensors by the names of LoRA's."""
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
-    def update_factors(self) -> tuple[Tensor, Tensor]:
+    def plain_factors(self) -> tuple[Tensor, Tensor]:
         """A with a column for every input (rank, in), and B (out, rank)."""
         wide = self.lora_A.detach().repeat_interleave(self.in_features // self.groups, dim=1)
         return wide, self.lora_B.detach()
@@ -113,5 +113,5 @@ class QaLoraLayer(nn.Module):
             base: The layer below.
             weight: Its weight (out, in), fp32; not changed.
         """
-        down, up = (factor.to(weight.device) for factor in self.update_factors())
+        down, up = (factor.to(weight.device) for factor in self.plain_factors())
         return torch.addmm(weight, up, down, alpha=self.scaling)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from graft.adapters.lora_layer import is_fresh
+from graft.adapters.lora_update import is_fresh
 from graft.models.layers import BaseLayer
 
 
@@ -33,7 +33,11 @@ class TokenRows(nn.Module):
         super().__init__()
         self._leaf = leaf
         chosen = torch.tensor(indices, dtype=torch.long)
-        self.rows = nn.Parameter(_first_rows(base, chosen))
+        if base.device.type == "meta":  # where only shapes are asked for, or the rows come from a file
+            rows = torch.zeros(len(indices), base.out_features)
+        else:
+            rows = base.dense_weight(None).t()[chosen.to(base.device)].float().cpu()
+        self.rows = nn.Parameter(rows.contiguous().clone())
         self.register_buffer("indices", chosen, persistent=False)
         self.register_buffer("order", chosen.argsort(), persistent=False)
 
@@ -91,13 +95,6 @@ class TokenRows(nn.Module):
         weight = base.dense_weight(None)
         old = weight[:, self.indices.to(weight.device)].t()
         return torch.equal(self.rows.detach().to(old), old)
-
-
-def _first_rows(base: BaseLayer, chosen: Tensor) -> Tensor:
-    if base.device.type == "meta":  # they are filled from a file
-        return torch.zeros(len(chosen), base.out_features)
-    rows = base.dense_weight(None).t()[chosen.to(base.device)].float().cpu()
-    return rows.contiguous().clone()
 
 
 class TiedRows(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from graft.adapters.lora_layer import LoraUpdate, is_fresh
+from graft.adapters.lora_update import LoraUpdate, is_fresh
 from graft.adapters.spectrum import product_values
 from graft.models.layers import BaseLayer
 

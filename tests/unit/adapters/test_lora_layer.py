@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from graft.adapters.adapted import AdaptedLayer
 from graft.adapters.initializers import fill_lora, generator_for
 from graft.adapters.lora import LoraConfig
-from graft.adapters.lora_layer import LoraEmbedding, LoraLinear, LoraUpdate, StartedUpdate
+from graft.adapters.lora_layer import LoraEmbedding, LoraLinear
+from graft.adapters.lora_update import LoraUpdate, StartedUpdate
 from graft.models.layers import BaseLayer
 
 

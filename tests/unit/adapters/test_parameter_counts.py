@@ -154,12 +154,14 @@ RULES: dict[str, tuple[dict[str, Any], Callable[[int, int], int]]] = {
     "vera": ({"rank": 256}, lambda inner, outer: outer + 256),
     "loha": ({"rank": 4}, lambda inner, outer: 2 * 4 * (inner + outer)),
     "lokr": ({"rank": 40}, lokr(40)),  # low-rank for large layers, whole for small ones
+    "adalora": ({"rank": 12}, lambda inner, outer: 12 * (inner + outer + 1)),
+    "qa_lora": ({"rank": 8, "group_size": 32}, lambda inner, outer: 8 * (inner // 32 + outer)),
     "oft": ({"block_size": 32}, lambda inner, outer: inner // 32 * (32 * 31 // 2)),
 }
 
 
 def test_there_is_a_rule_for_every_method() -> None:
-    assert {*RULES, "ia3"} == set(METHODS)
+    assert {*RULES, "ia3", "trainable_tokens"} == set(METHODS)
 
 
 @pytest.mark.parametrize("method", sorted(RULES))
@@ -178,6 +180,11 @@ def test_ia3_trains_vectors_of_keys_values_and_inner_inputs(case: tuple[str, Fac
     assert found == facts.blocks * (2 * kv + facts.inner)
     if name == "Llama-2-7B":
         assert found == 614_400  # PEFT's documentation of (IA)^3 has it
+
+
+def test_trainable_tokens_train_their_rows(case: tuple[str, Facts, Any]) -> None:
+    _, facts, model = case
+    assert trained(model, graft.TrainableTokensConfig(token_indices=(5, 9, 700))) == 3 * facts.hidden
 
 
 def test_dora_adds_one_magnitude_for_each_output() -> None:
