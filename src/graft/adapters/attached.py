@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.adapters.adapted import AdaptedLayer, SavedModule
+from graft.adapters.adapted import AdaptedLayer, Merged, SavedModule
 from graft.adapters.base import frozen_tensors, is_additive, method_of
 from graft.adapters.settings import is_number
 from graft.config import closest
@@ -55,19 +55,6 @@ class Adapter:
     def makes_up(self) -> bool:
         """Whether it makes up for the rounding of its quantized base, so that it is wrong on any other."""
         return getattr(self.config, "init", "") == "loftq"
-
-
-@dataclass(eq=False)
-class Merged:
-    """An adapter that is in the weights of a model in memory, and what it takes to get it out again."""
-
-    name: str
-    kept: list[tuple[nn.Module, str, nn.Parameter]]
-    """Modules, names and the base's own parameters, which stand aside untouched."""
-    active: dict[str, float]
-    """Adapters that acted before, and the factors on their updates."""
-    tied: bool
-    """Whether embedding and head shared one weight until then and do not now."""
 
 
 @dataclass(eq=False)

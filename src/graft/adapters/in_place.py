@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.adapters.adapted import AdaptedLayer, SavedModule
+from graft.adapters.adapted import AdaptedLayer, Merged, SavedModule
 from graft.adapters.attached import (
-    Merged,
     activate,
     active_weights,
     adapter,
