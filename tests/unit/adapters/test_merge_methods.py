@@ -75,7 +75,9 @@ def test_the_written_model_is_the_live_one(tiny_dir: Callable[..., Path], tmp_pa
     graft.save_adapter(model, tmp_path / "a")
     into: Any = "dequantized" if quantization else "dense"
     report = merge(tmp_path / "a", tmp_path / "m", base=tiny_dir(family), into=into)
-    assert report.logit_gap < 1e-5 < report.adapter_effect
+    # The live model sums the update apart: its rounding grows with what the update does.
+    assert report.logit_gap < 1e-5 * max(1.0, report.adapter_effect)
+    assert report.adapter_effect > 0.1
     assert report.num_layers == len(graft.adapters_of(model)["default"].places)
     torch.testing.assert_close(logits(graft.load(tmp_path / "m").model), logits(model), atol=1e-5, rtol=1e-5)
 
