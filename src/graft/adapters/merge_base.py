@@ -163,7 +163,7 @@ class MergeBase:
                 "only a base in int4, int3 or int2 takes an update into its codes, and only that of QA-LoRA "
                 "with groups of whole blocks",
                 where=where,
-                fix="--into requantized rounds to codes again",
+                fix="leave it out, or --into requantized, which rounds to codes again",
             )
         if into == "dense" and into not in names:
             raise AdapterError(
