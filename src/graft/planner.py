@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from graft.adapters.attached import adapter_modules
 from graft.evaluate.loss import CHUNK_LOGITS
+from graft.kernels.cpu.elementwise import is_compiled
 from graft.kernels.wide import PART_ELEMENTS, is_wide
 from graft.models.families import family_of, layer_index
 from graft.models.layers import BaseLayer
@@ -46,12 +48,12 @@ class Shapes:
     vocabulary: int
     block_numbers: int
     """Numbers of a token that one block keeps for the backward pass, in the dtype of activations."""
-    block_float32: int
-    """Numbers of a token that one block keeps in float32."""
+    block_small_bytes: int
+    """Bytes of a token in what one block keeps that is small: sums of heads, x A' of adapters."""
     mlp_numbers: int
     """Of these, what is inside of the MLP."""
-    mlp_float32: int
-    """The same in float32."""
+    mlp_small_bytes: int
+    """The same of what is small."""
     widest: int
     """Most numbers of a token in one tensor of a block."""
     widest_outside: int
@@ -60,6 +62,8 @@ class Shapes:
     """Memory in which weights are decoded or made wide."""
     activation_bytes: int
     """Of a number in activations."""
+    logit_bytes: int
+    """Of a logit while the loss of its token is taken."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ def shapes_of(model: Any, trained: Mapping[str, nn.Parameter]) -> Shapes:
     quantized = [layer for layer in layers if layer.quantized]
     largest = max((layer.in_features * layer.out_features for layer in quantized), default=0)
     wide = is_wide(dtype, any_tensor.device.type)
+    kernel = any_tensor.device.type in ("cpu", "meta") and is_compiled(torch.empty(0, dtype=dtype))
     scratch = 4 * PART_ELEMENTS if wide else largest * dtype.itemsize
     return Shapes(
         base_bytes=sum(tensor.numel() * tensor.element_size() for tensor in base),
@@ -143,9 +148,11 @@ def shapes_of(model: Any, trained: Mapping[str, nn.Parameter]) -> Shapes:
         num_blocks=len(blocks),
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
-        **_block(model, config),
+        **_block(model, config, dtype, wide=wide),
         scratch_bytes=scratch,
         activation_bytes=dtype.itemsize,
+        # Logits, their gradient and, where it is padded, that once more; a float32 copy without a kernel.
+        logit_bytes=3 * dtype.itemsize + (0 if kernel else 4),
     )
 
 
@@ -158,7 +165,7 @@ def _adapter_tensors(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def _block(model: Any, config: Any) -> dict[str, int]:
+def _block(model: Any, config: Any, dtype: torch.dtype, *, wide: bool) -> dict[str, int]:
     """What a block keeps of a token, and its widest tensors, by field of `Shapes`."""
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -172,12 +179,15 @@ def _block(model: Any, config: Any) -> dict[str, int]:
         if hasattr(layer, "lora_A")
     }
     outside = max(config.hidden_size, heads * size)
+    down = sum(ranks.values())
+    inside = sum(rank for path, rank in ranks.items() if path.rpartition(".")[2] in GATED)
+    product_bytes = 4 if wide else dtype.itemsize
     return {
         # Two residuals; q, k, v, attention's output; gate and up, or the two sides of the activation.
-        "block_numbers": 2 * config.hidden_size + 2 * heads * size + 2 * keys * size + 2 * inner,
-        "block_float32": heads + sum(ranks.values()),
+        "block_numbers": 2 * (config.hidden_size + heads * size + keys * size + inner),
+        "block_small_bytes": 4 * heads + product_bytes * down,
         "mlp_numbers": 2 * inner,
-        "mlp_float32": sum(rank for path, rank in ranks.items() if path.rpartition(".")[2] in GATED),
+        "mlp_small_bytes": product_bytes * inside,
         "widest": max(inner, outside),
         "widest_outside": outside,
     }
@@ -205,8 +215,7 @@ def predict(
         activations += AHEAD_BYTES
     activations += step.rows * step.tokens**2 if step.packed else 0
     chunk = min(tokens * step.labelled, CHUNK_LOGITS // shapes.vocabulary)
-    # The logits, their float32 copy, their gradient and, where it is padded, that once more.
-    logits = int(chunk * shapes.vocabulary * (4 + 3 * shapes.activation_bytes))
+    logits = int(chunk * shapes.vocabulary * shapes.logit_bytes)
     widest = tokens * shapes.widest
     if step.mlp_tile is not None:
         widest = max(min(tokens, step.mlp_tile) * shapes.widest, tokens * shapes.widest_outside)
@@ -235,12 +244,12 @@ def predict(
 
 def _kept_of_a_token(shapes: Shapes, step: Step) -> int:
     """Bytes in memory for the backward pass, over all blocks."""
-    numbers, float32 = shapes.block_numbers, shapes.block_float32
+    numbers, small = shapes.block_numbers, shapes.block_small_bytes
     if step.mlp_tile is not None:
-        numbers, float32 = numbers - shapes.mlp_numbers, float32 - shapes.mlp_float32
-    whole = shapes.activation_bytes * numbers + 4 * float32
+        numbers, small = numbers - shapes.mlp_numbers, small - shapes.mlp_small_bytes
+    whole = shapes.activation_bytes * numbers + small
     recomputed = shapes.num_blocks // step.recomputed_every if step.recomputed_every else 0
     if step.offloaded:  # one block's, and of the others what is too small to leave
-        return whole + (shapes.num_blocks - recomputed) * 4 * float32
+        return whole + (shapes.num_blocks - recomputed) * small
     kept = (shapes.num_blocks - recomputed) * whole
     return kept + recomputed * shapes.activation_bytes * shapes.hidden + (whole if recomputed else 0)
