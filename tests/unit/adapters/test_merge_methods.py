@@ -50,7 +50,11 @@ def adapted(directory: Path, config: Any, **how: Any) -> Any:
 
 
 CASES: dict[str, tuple[str, Callable[[], Any], Any]] = {
-    "biases over nf4": ("qwen2", lambda: graft.LoraConfig(rank=2, bias="all"), "nf4"),
+    "biases of others over nf4": (
+        "gpt2",
+        lambda: graft.LoraConfig(rank=2, bias="all", target_modules=("c_attn",)),
+        "nf4",
+    ),
     "biases of both over nf4": (
         "gpt2",
         lambda: graft.LoraConfig(rank=2, bias="lora_only", lora_bias=True, target_modules=("c_attn",)),
