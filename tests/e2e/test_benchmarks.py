@@ -62,3 +62,9 @@ def test_ways_of_merging_are_compared(shared: Path) -> None:
         "folding and writing alone",
     ):
         assert what in told
+
+
+def test_steps_of_methods_are_compared() -> None:
+    told = run("methods.py", "--small", "--steps", "1", "--only", "lora", "adalora")
+    assert "over_lora" in told
+    assert "adalora" in told
