@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, Any]] = {
     "lokr-dense": ("lokr", LokrConfig(rank=8)),
     "oft": ("oft", OftConfig()),
     "oft-blocks": ("oft", OftConfig(block_size=5)),
+    "oft-series": ("oft", OftConfig(block_size=4, series_order=3)),
     "trainable_tokens": ("trainable_tokens", TrainableTokensConfig(token_indices=(9, 1, 2, 3, 10, 5, 7))),
     "qa_lora": ("qa_lora", QaLoraConfig(rank=3, group_size=4, dropout=0.3)),
     "lora-bias": ("lora", LoraConfig(bias="all")),

@@ -193,3 +193,38 @@ def test_adapters_of_experts_are_composed(base_dir: Callable[[str], Path], tmp_p
     fresh = load(base_dir("mixtral"))
     graft.load_adapter(fresh.model, tmp_path / "single")
     close(logits(fresh.model), logits(of_peft))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("case", ["gated", "ranks", "rslora", "last"])
+def test_experts_that_peft_could_not_join_are_written_as_stacks(
+    base_dir: Callable[[str], Path], tmp_path: Path, family: str, case: str
+) -> None:
+    gate, up, down = LEAVES.get(family, LEAVES["qwen3_moe"])
+    more: dict[str, Any] = {
+        "gated": {"target_modules": (gate, up)},
+        "ranks": {"target_modules": ("q_proj", gate, up, down), "rank_pattern": (rf".*\.{down}=2",)},
+        "rslora": {"target_modules": (gate, up, down), "use_rslora": True},
+        "last": {"target_modules": ("q_proj", gate, up, down), "layers": (1,), "alpha_pattern": (f"{up}=8",)},
+    }[case]
+    base = load(base_dir(family))
+    graft.attach(base.model, graft.LoraConfig(rank=4, alpha=8, **more))
+    noisy(adapter_tensors(base.model).values())
+    directory = graft.save_adapter(base.model, tmp_path / "adapter")
+    keys = load_file(directory / "adapter_model.safetensors").keys()
+    assert any(".experts.base_layer.lora_A" in key or ".experts.lora_A" in key for key in keys)
+    assert not any(".experts.0." in key for key in keys)
+    theirs = peft.PeftModel.from_pretrained(fused(base_dir(family)), directory).eval()
+    close(logits(theirs), logits(base.model))
+    again = load(base_dir(family))
+    made = graft.load_adapter(again.model, directory, trainable=True)
+    assert torch.equal(logits(again.model), logits(base.model))
+    first, second = adapter_tensors(base.model), adapter_tensors(again.model)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+    assert {made.config.at(path).scaling for path in made.targets} == {
+        graft.LoraConfig(rank=4, alpha=8, **more).at(path).scaling for path in made.targets
+    }
+    graft.save_adapter(again.model, tmp_path / "again")
+    files = [side / "adapter_model.safetensors" for side in (directory, tmp_path / "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()

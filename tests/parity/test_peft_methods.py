@@ -333,7 +333,6 @@ REFUSED = [
     ("dora", "bias", "all"),
     ("dora", "init_lora_weights", "pissa"),
     ("vera", "bias", "vera_only"),
-    ("oft", "use_cayley_neumann", True),
     ("oft", "coft", True),
     ("oft", "block_share", True),
     ("oft", "r", 4),

@@ -16,7 +16,7 @@ from graft.adapters.oft import OftMethod
 from graft.adapters.qa_lora import QaLoraMethod
 from graft.adapters.trainable_tokens import TrainableTokensMethod
 from graft.adapters.vera import VeraMethod
-from graft.errors import ConfigError
+from graft.errors import ConfigError, TargetError
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +102,8 @@ class AdapterMethod(Protocol):
 
     It may have more, each of which is asked for only where it is there:
 
-    - `kinds`: the kinds of base layers that it adapts; all where missing. Others are refused as targets.
+    - `kinds`: the kinds of base layers that it adapts; where missing, linear, conv1d and embedding. Others
+      are refused as targets, as are those for which `tensor_shapes` raises a TargetError.
     - `frozen_tensors`: names from `tensor_shapes` that are saved with the adapter and never train.
     - `build_shared(bases, config)`: an `nn.Module` whose buffers, by their names in files, belong to all
       layers of one adapter together. They never train, and follow from the settings and the layers alone.
@@ -237,4 +238,8 @@ def check_adapter_method(method: AdapterMethod, config: Any = None) -> None:
     samples = [(base, x) for base, x in sample_layers() if base.kind in kinds_of(method)]
     assert samples, f"{method.name} adapts no kind of layer: {kinds_of(method)}"
     for base, x in samples:
+        try:
+            method.tensor_shapes(base, config.at("layer"))
+        except TargetError:  # a form of its kind that it refuses
+            continue
         check_layer(method, config, base, x)

@@ -26,17 +26,21 @@ GRADIENT_TOLERANCE = 1e-6
 
 
 def sample_layers() -> list[tuple[BaseLayer, Tensor]]:
-    """A linear, a Conv1D and an embedding, frozen, with an input for each."""
+    """A linear, a Conv1D, an embedding and convolutions, frozen, with an input for each."""
     from transformers.pytorch_utils import Conv1D
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 12, generator=generator)
+    image = torch.randn(2, 6, 5, 4, generator=generator)
     ids = torch.randint(0, 12, (2, 3), generator=generator)
     pairs: list[tuple[nn.Module, Tensor]] = [
         (nn.Linear(12, 20), x),
         (nn.Linear(12, 20, bias=False), x),
         (Conv1D(20, 12), x),
         (nn.Embedding(12, 20), ids),
+        (nn.Conv2d(6, 10, (3, 2), stride=2, padding=(1, 0)), image),
+        (nn.Conv2d(6, 10, 3, padding=2, dilation=2, bias=False, padding_mode="circular"), image),
+        (nn.Conv2d(6, 10, 2, groups=2), image),
     ]
     layers = []
     for module, given in pairs:
@@ -145,7 +149,7 @@ def _check_exact_gradients(base: BaseLayer, layer: Any, x: Tensor, label: str) -
     weights = torch.linspace(0.5, 1.5, below.out_features, dtype=torch.float64)
 
     def loss(call: str) -> Tensor:
-        return (_output(exact, below, given, call) * weights).sin().sum()
+        return (_output(exact, below, given, call) * below.spread(weights)).sin().sum()
 
     names, tensors = list(leaves), list(leaves.values())
     found = torch.autograd.grad(loss("forward"), tensors)
@@ -195,7 +199,7 @@ def _check_merge(base: BaseLayer, layer: Any, x: Tensor, label: str) -> None:
         if base.kind == "embedding":
             plain = functional.embedding(x, merged.t()) * base.output_scale
         else:
-            plain = functional.linear(x, merged, bias)
+            plain = base.apply(x, merged) + (0.0 if bias is None else base.spread(bias))
         gap = float((plain - live).abs().max())
         assert gap <= TOLERANCE, f"{label}: merged and live outputs differ by {gap:.2e}"
         assert not torch.allclose(live, base.module(x)), f"{label}: the adapter has no effect"

@@ -71,11 +71,13 @@ class DoraMethod:
 
     name = "dora"
     config_class = DoraConfig
+    kinds = ("linear", "conv1d", "embedding", "conv2d")
 
     def tensor_shapes(self, base: BaseLayer, config: DoraConfig) -> dict[str, tuple[int, ...]]:
         """Names (as in PEFT files) and shapes of the tensors that one layer adds."""
         pair = LoraMethod().tensor_shapes(base, config)
-        return {**pair, "lora_magnitude_vector": (base.out_features,)}
+        width = base.out_features
+        return {**pair, "lora_magnitude_vector": (1, width, 1, 1) if base.kind == "conv2d" else (width,)}
 
     def build_layer(
         self, base: BaseLayer, config: DoraConfig, generator: torch.Generator | None

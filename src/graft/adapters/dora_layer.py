@@ -17,6 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from graft.adapters.conv_layer import LoraConv
 from graft.adapters.lora_layer import LoraEmbedding, LoraLinear
 from graft.adapters.lora_update import no_autocast
 from graft.models.layers import BaseLayer
@@ -39,14 +40,17 @@ class DoraLayer(nn.Module):
     squares: Tensor
     """||W||^2 of each row, (out,)."""
 
-    def __init__(self, update: LoraLinear | LoraEmbedding, base: BaseLayer, dropout: float = 0.0) -> None:
+    def __init__(
+        self, update: LoraLinear | LoraEmbedding | LoraConv, base: BaseLayer, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.update = update
-        self.dropout = dropout if isinstance(update, LoraLinear) else 0.0
+        self.dropout = 0.0 if isinstance(update, LoraEmbedding) else dropout
         update.dropout = 0.0
         squares = row_squares(base, torch.float32)
         self.register_buffer("squares", squares, persistent=False)
-        self.magnitude = nn.Parameter(squares.sqrt())
+        norms = squares.sqrt()
+        self.magnitude = nn.Parameter(norms[None, :, None, None] if base.kind == "conv2d" else norms)
         self._of_weight = _place(base)
         self._known: tuple[Any, Tensor] | None = None
 
@@ -60,13 +64,13 @@ class DoraLayer(nn.Module):
         self.update.scaling = scaling
 
     @property
-    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """lora_A (rank, in) and lora_B (out, rank)."""
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """lora_A (rank, in) and lora_B (out, rank), those of a convolution as matrices."""
         down, up = self.update.tensors().values()
-        return down, up
+        return down.flatten(1), up.flatten(1)
 
     @property
-    def lora_A(self) -> nn.Parameter:  # noqa: N802 - the tensor's name
+    def lora_A(self) -> Tensor:  # noqa: N802 - the tensor's name
         """The first factor, (rank, in)."""
         return self.factors[0]
 
@@ -105,7 +109,7 @@ class DoraLayer(nn.Module):
         Cost: beside the low-rank update, a product of W with rank rows and two passes over the output; with
         dropout a second base pass.
         """
-        if torch.compiler.is_compiling() or (self.training and self.dropout):
+        if torch.compiler.is_compiling() or (self.training and self.dropout) or base.kind == "conv2d":
             return self._formula(x, base_output, base, self.norms(base))
         norms = self._norms(base)
         updated = self.update(x, base_output, base)
@@ -119,7 +123,8 @@ class DoraLayer(nn.Module):
         return self._formula(x, base_output, base, torch.linalg.vector_norm(dense, dim=1))
 
     def _formula(self, x: Tensor, base_output: Tensor, base: BaseLayer, norms: Tensor) -> Tensor:
-        scale, bias = _scale(self.magnitude, norms), base.bias
+        scale = base.spread(_scale(self.magnitude.flatten(), norms))
+        bias = None if base.bias is None else base.spread(base.bias)
         if not (self.training and self.dropout):
             updated = self.update.reference_forward(x, base_output, base)
             return _rescaled(updated, scale, bias).to(base_output.dtype)
@@ -165,14 +170,14 @@ class DoraLayer(nn.Module):
         with torch.no_grad():
             dense = self.update.merged_weight(base, weight)
             norms = torch.linalg.vector_norm(dense, dim=1)
-            return dense.mul_(_scale(self.magnitude.to(dense.device), norms)[:, None])
+            return dense.mul_(_scale(self.magnitude.flatten().to(dense.device), norms)[:, None])
 
     def idle(self, base: BaseLayer) -> bool:
         """Whether an update of zero meets magnitudes that are the norms of the rows."""
         if all(bool(factor.any()) for factor in self.factors):
             return False
         norms = row_squares(base, self.magnitude.dtype).sqrt()
-        return torch.allclose(self.magnitude.detach(), norms, rtol=1e-5, atol=0)
+        return torch.allclose(self.magnitude.detach().flatten(), norms, rtol=1e-5, atol=0)
 
 
 class Rescale(Function):

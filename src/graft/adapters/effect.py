@@ -61,7 +61,7 @@ def asked_tensors(model: nn.Module, made: Adapter) -> dict[str, tuple[int, ...]]
 
 
 def factors(layer: Any) -> tuple[Tensor, Tensor] | None:
-    """The two factors of a layer's update; None for an update that is no plain product of two.
+    """The two factors of a layer's update, as matrices; None for one that is no plain product of two.
 
     One that is measured from a start has factors of twice the rank.
     """
@@ -73,7 +73,7 @@ def factors(layer: Any) -> tuple[Tensor, Tensor] | None:
         if tensors.keys() == {first, second}:
             started = hasattr(layer, "start") and layer.start()
             down, up = layer.factors if started else (tensors[first], tensors[second])
-            return down.detach(), up.detach()
+            return down.detach().flatten(1), up.detach().flatten(1)
     return None
 
 

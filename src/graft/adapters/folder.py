@@ -116,9 +116,7 @@ class Folder:
         if leaf == "bias":
             changed: Tensor | None = layer.merged_bias(below, value)
             return value if changed is None else changed.float()
-        weight = value if base.kind == "linear" else value.t()
-        merged: Tensor = layer.merged_weight(below, weight)
-        return merged if base.kind == "linear" else merged.t()
+        return base.laid_out(layer.merged_weight(below, below.dense_weight()))
 
     def block_update(self, path: str, block: int) -> Tensor | None:
         """What is added to all weights of each block of a row (`AdapterLayer.block_update`), fp32.

@@ -78,15 +78,17 @@ class Ia3Method:
 
     name = "ia3"
     config_class = Ia3Config
-    kinds = ("linear", "conv1d")
+    kinds = ("linear", "conv1d", "conv2d")
 
     def tensor_shapes(self, base: BaseLayer, config: Any) -> dict[str, tuple[int, ...]]:
         """Names (as in PEFT files) and shapes of the tensors that one layer adds."""
-        return {"ia3_l": (1, base.in_features) if config.feedforward else (base.out_features, 1)}
+        width = base.num_inputs if config.feedforward else base.out_features
+        if base.kind == "conv2d":
+            return {"ia3_l": (1, width, 1, 1)}
+        return {"ia3_l": (1, width) if config.feedforward else (width, 1)}
 
     def build_layer(self, base: BaseLayer, config: Any, generator: torch.Generator | None) -> Ia3Layer:
         """Make the layer module; it draws nothing."""
         from graft.adapters.ia3_layer import Ia3Layer
 
-        width = base.in_features if config.feedforward else base.out_features
-        return Ia3Layer(width, feedforward=config.feedforward)
+        return Ia3Layer(self.tensor_shapes(base, config)["ia3_l"], feedforward=config.feedforward)

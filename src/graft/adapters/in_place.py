@@ -128,8 +128,7 @@ def _merged(
     elif name in module.adapters:
         base: Any = module.base
         weight, bias = folded(base, module.adapters[name], factor)
-        weight = weight if base.kind == "linear" else weight.t()
-        yield base.module, "weight", _rounded(weight, base.module.weight, path)
+        yield base.module, "weight", _rounded(base.laid_out(weight), base.module.weight, path)
         if bias is not None:
             yield base.module, "bias", _rounded(bias, base.module.bias, path)
 

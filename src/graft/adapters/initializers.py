@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from graft.adapters.conv_layer import LoraConv
 from graft.adapters.factorize import (
     Factors,
     leading_columns_factors,
@@ -31,7 +32,7 @@ def generator_for(seed: int, path: str) -> torch.Generator:
 
 
 def fill_lora(
-    layer: LoraLinear | LoraEmbedding, base: BaseLayer, config: Any, generator: torch.Generator
+    layer: LoraLinear | LoraEmbedding | LoraConv, base: BaseLayer, config: Any, generator: torch.Generator
 ) -> None:
     """Give lora_A and lora_B their first values; the update is zero.
 
@@ -67,13 +68,14 @@ def fill_lora(
             layer.lora_B.zero_()
             layer.lora_A.normal_(std=1 / len(layer.lora_A), generator=generator)
         elif init == "kaiming":
-            bound = 1 / math.sqrt(layer.lora_A.shape[1])
+            bound = 1 / math.sqrt(layer.lora_A[0].numel())
             layer.lora_B.zero_()
             layer.lora_A.uniform_(-bound, bound, generator=generator)
-        elif init == "orthogonal":
+        elif init == "orthogonal" and isinstance(layer, LoraLinear):
             pair = orthogonal_factors(len(layer.lora_A), base.in_features, base.out_features, generator)
             layer.begin_at(*pair, subtract=False)
         else:
+            assert isinstance(layer, LoraLinear), "a convolution with another start is refused"
             layer.begin_at(*_of_weight(layer, base, config, generator), subtract=True)
 
 

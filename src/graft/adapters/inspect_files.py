@@ -56,7 +56,7 @@ class AdapterFile:
         version = self.raw.get("peft_version")
         named = current_names(base.model, self.stored)
         self.settings, self.stored = split_stacks(
-            base.model, self.settings, named, version, self.place / WEIGHTS
+            base.model, self.settings, named, version, self.place / WEIGHTS, ours=self.side is not None
         )
         if self.stored.keys() != self.values.keys():
             self.values = {key: tensor.load() for key, tensor in self.stored.items()}

@@ -56,7 +56,7 @@ class LohaMethod:
 
     name = "loha"
     config_class = LohaConfig
-    kinds = ("linear", "conv1d")
+    kinds = ("linear", "conv1d", "conv2d")
 
     def tensor_shapes(self, base: BaseLayer, config: LohaConfig) -> dict[str, tuple[int, ...]]:
         """Names (as in PEFT files) and shapes of the tensors that one layer adds."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from graft.adapters.lora_update import LoraUpdate, is_fresh
 from graft.adapters.spectrum import product_values
@@ -87,11 +86,11 @@ class LohaLayer(nn.Module):
         Returns:
             (..., out) in the dtype of base_output.
 
-        Cost: N (in + out) rank^2, or N in out where that is less.
+        Cost: N (in + out) rank^2, or N in out where that is less or the base a convolution: a base pass.
         """
         sides = base.in_features + base.out_features
         few = self.hada_w1_b.shape[0] ** 2 * sides < base.in_features * base.out_features
-        if not few or torch.compiler.is_compiling():
+        if base.kind == "conv2d" or not few or torch.compiler.is_compiling():
             return self.reference_forward(x, base_output, base)
         down, up = self._factors()
         fresh = is_fresh(base_output, base)
@@ -101,7 +100,7 @@ class LohaLayer(nn.Module):
     def reference_forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """The same through the dense update."""
         dtype = base_output.dtype
-        return base_output + functional.linear(x.to(dtype), self._dense().to(dtype))
+        return base_output + base.apply(x.to(dtype), self._dense().to(dtype))
 
     def merged_weight(self, base: BaseLayer, weight: Tensor) -> Tensor:
         """W + scaling * (A1 B1) o (A2 B2).

@@ -5,6 +5,7 @@ W + scaling * kron(W1, W2), where W1 is small and W2 large, each dense or of low
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -83,20 +84,22 @@ class LokrMethod:
 
     name = "lokr"
     config_class = LokrConfig
-    kinds = ("linear", "conv1d")
+    kinds = ("linear", "conv1d", "conv2d")
 
     def tensor_shapes(self, base: BaseLayer, config: LokrConfig) -> dict[str, tuple[int, ...]]:
         """Names (as in PEFT files) and shapes of the tensors that one layer adds."""
         rows = divided(base.out_features, config.decompose_factor)
-        columns = divided(base.in_features, config.decompose_factor)
+        # Of a convolution the channels are divided; the second matrix has the kernel.
+        columns = divided(base.num_inputs // base.groups, config.decompose_factor)
         shapes: dict[str, tuple[int, ...]] = {}
         for number, (height, width) in enumerate(zip(rows, columns, strict=True), start=1):
             low = config.rank < max(height, width) / 2 and (number == 2 or config.decompose_both)
+            kernel = base.kernel if number == 2 else ()
             if low:
                 shapes |= {f"lokr_w{number}_a": (height, config.rank)}
-                shapes |= {f"lokr_w{number}_b": (config.rank, width)}
+                shapes |= {f"lokr_w{number}_b": (config.rank, width * math.prod(kernel))}
             else:
-                shapes |= {f"lokr_w{number}": (height, width)}
+                shapes |= {f"lokr_w{number}": (height, width, *kernel)}
         return shapes
 
     def build_layer(

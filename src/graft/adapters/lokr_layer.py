@@ -39,7 +39,7 @@ class LokrLayer(nn.Module):
         with torch.no_grad():
             for name in self._names[:-1]:
                 tensor = self.tensors()[name]
-                bound = 1 / math.sqrt(tensor.shape[1])
+                bound = 1 / math.sqrt(tensor[0].numel())
                 tensor.uniform_(-bound, bound, generator=generator)
             self.tensors()[self._names[-1]].zero_()
 
@@ -53,10 +53,10 @@ class LokrLayer(nn.Module):
         return {name: getattr(self, name) for name in self._names}
 
     def _matrices(self) -> tuple[Tensor, Tensor]:
-        """W1 (l, m) and W2 (k, n)."""
+        """W1 (l, m) and W2 (k, n), where n is times the kernel for a convolution."""
         found = self.tensors()
         made = [
-            found[name] if name in found else found[f"{name}_a"] @ found[f"{name}_b"]
+            found[name].flatten(1) if name in found else found[f"{name}_a"] @ found[f"{name}_b"]
             for name in ("lokr_w1", "lokr_w2")
         ]
         return made[0], made[1]
@@ -72,13 +72,18 @@ class LokrLayer(nn.Module):
         Returns:
             (..., out) in the dtype of base_output.
 
-        Cost: for each row of x m n k + m k l, beside in out of the base.
+        Cost: for each row of x m n k + m k l, beside in out of the base; over a convolution a base pass.
         """
         dtype = base_output.dtype
+        if base.kind == "conv2d":
+            dense = torch.kron(*self._matrices()).to(dtype)
+            return torch.add(base_output, base.apply(x.to(dtype), dense), alpha=self.scaling)
         small, large = (matrix.to(dtype) for matrix in self._matrices())
-        blocks = x.to(dtype).unflatten(-1, (small.shape[1], large.shape[1]))
-        update = small @ (blocks @ large.t())
-        return torch.add(base_output, update.flatten(-2), alpha=self.scaling)
+        # Two products of plain matrices: those of more dimensions are divided up otherwise, and so rounded
+        # otherwise, where the matrices train than where they do not.
+        inner = (x.to(dtype).reshape(-1, large.shape[1]) @ large.t()).view(-1, small.shape[1], len(large))
+        update = (inner.mT.reshape(-1, small.shape[1]) @ small.t()).view(-1, len(large), len(small)).mT
+        return torch.add(base_output, update.reshape(base_output.shape), alpha=self.scaling)
 
     def merged_weight(self, base: BaseLayer, weight: Tensor) -> Tensor:
         """W + scaling * kron(W1, W2).

@@ -22,6 +22,7 @@ from graft.errors import ConfigError, TargetError
 if TYPE_CHECKING:
     import torch
 
+    from graft.adapters.conv_layer import LoraConv
     from graft.adapters.lora_layer import LoraEmbedding, LoraLinear
     from graft.adapters.trainable_tokens_layer import TokenRows
     from graft.models.layers import BaseLayer
@@ -164,13 +165,24 @@ class LoraMethod:
 
     name = "lora"
     config_class = LoraConfig
+    kinds = ("linear", "conv1d", "embedding", "conv2d")
 
     def tensor_shapes(self, base: BaseLayer, config: LowRank) -> dict[str, tuple[int, ...]]:
-        """Names (as in PEFT files) and shapes of the tensors that one layer adds."""
+        """Names (as in PEFT files) and shapes of the tensors that one layer adds.
+
+        Raises:
+            TargetError: A convolution in groups, or with settings that it does not take.
+        """
         if indices := rows_of(base, config):
             return {ROWS: row_shape(base, indices, "adapter.trainable_token_indices")}
         down, up = (config.rank, base.in_features), (base.out_features, config.rank)
         lora_bias, base_bias = trained_biases(base, config)
+        if base.kind == "conv2d":
+            refuse_conv(base, config, biases=lora_bias or base_bias)
+            return {
+                "lora_A.weight": (config.rank, base.num_inputs, *base.kernel),
+                "lora_B.weight": (*up, 1, 1),
+            }
         if base.kind == "embedding":
             return {"lora_embedding_A": down, "lora_embedding_B": up}
         shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": down, "lora_B.weight": up}
@@ -182,7 +194,7 @@ class LoraMethod:
 
     def build_layer(
         self, base: BaseLayer, config: LowRank, generator: torch.Generator | None
-    ) -> LoraLinear | LoraEmbedding | TokenRows:
+    ) -> LoraLinear | LoraEmbedding | LoraConv | TokenRows:
         """Make the layer module; without a generator its tensors are left to be filled.
 
         Raises:
@@ -192,13 +204,16 @@ class LoraMethod:
             from graft.adapters.trainable_tokens_layer import TokenRows
 
             return TokenRows(base, indices, ROWS)
+        from graft.adapters.conv_layer import LoraConv
         from graft.adapters.initializers import fill_lora
         from graft.adapters.lora_layer import LoraEmbedding, LoraLinear
 
         sizes = base.in_features, base.out_features, config.rank, config.scaling, config.dropout
         lora_bias, base_bias = trained_biases(base, config)
-        layer: LoraLinear | LoraEmbedding
-        if lora_bias or base_bias:
+        layer: LoraLinear | LoraEmbedding | LoraConv
+        if base.kind == "conv2d":
+            layer = LoraConv(base.num_inputs, base.kernel, *sizes[1:])
+        elif lora_bias or base_bias:
             from graft.adapters.lora_bias_layer import LoraBaseBiasLinear, LoraBiasLinear
 
             biased = LoraBaseBiasLinear if base_bias else LoraBiasLinear
@@ -208,3 +223,29 @@ class LoraMethod:
         if generator is not None:
             fill_lora(layer, base, config, generator)
         return layer
+
+
+def refuse_conv(base: BaseLayer, config: LowRank, *, biases: bool) -> None:
+    """Refuse a convolution that an update of low rank does not fit, or settings that are of linears only.
+
+    Args:
+        base: A convolution.
+        config: The settings of that layer.
+        biases: Whether these train biases.
+
+    Raises:
+        TargetError: That is so.
+    """
+    fix = "take it out of the targets"
+    if base.groups > 1:
+        what, fix = (
+            f"a convolution in {base.groups} groups has no update of low rank",
+            f"{fix}; loha takes it",
+        )
+    elif config.init not in ("kaiming", "gaussian"):
+        what = f"a convolution has no start {config.init!r}: it is kaiming or gaussian"
+    elif biases:
+        what = "the bias of a convolution does not train"
+    else:
+        return
+    raise TargetError(what, where="adapter.target_modules", fix=fix)

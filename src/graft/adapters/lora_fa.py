@@ -16,6 +16,7 @@ from graft.dialects import explained
 if TYPE_CHECKING:
     import torch
 
+    from graft.adapters.conv_layer import LoraConv
     from graft.adapters.lora_layer import LoraLinear
     from graft.models.layers import BaseLayer
 
@@ -69,7 +70,7 @@ class LoraFaMethod:
 
     name = "lora_fa"
     config_class = LoraFaConfig
-    kinds = ("linear", "conv1d")
+    kinds = ("linear", "conv1d", "conv2d")
     frozen_tensors = frozenset({"lora_A.weight"})
 
     def tensor_shapes(self, base: BaseLayer, config: LoraFaConfig) -> dict[str, tuple[int, ...]]:
@@ -78,12 +79,13 @@ class LoraFaMethod:
 
     def build_layer(
         self, base: BaseLayer, config: LoraFaConfig, generator: torch.Generator | None
-    ) -> LoraLinear:
+    ) -> LoraLinear | LoraConv:
         """Make the layer module; without a generator its tensors are left to be filled from a file."""
+        from graft.adapters.conv_layer import LoraConv
         from graft.adapters.lora_layer import LoraLinear
 
         layer = LoraMethod().build_layer(base, config, generator)
-        assert isinstance(layer, LoraLinear)
+        assert isinstance(layer, LoraLinear | LoraConv)
         layer.trains_A = False
         layer.lora_A.requires_grad_(False)
         return layer

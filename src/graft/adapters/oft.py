@@ -1,7 +1,8 @@
 """OFT (arXiv:2306.07280) as a method: its settings, its tensors, how a layer is built. Imports no torch.
 
 y = W R' x, where R is orthogonal and block-diagonal, each block R = (I - Q)(I + Q)^-1 of a skew-symmetric Q
-(Cayley), computed exactly: lengths of the rows of W and angles between them stay what they are.
+(Cayley), computed exactly: lengths of the rows of W and angles between them stay what they are. Or, as PEFT
+has it, R = (I + Q)(I + Q + ... + Q^n), the transposed rotation but for powers of Q above n.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ class OftConfig(SameEverywhere):
     block_size: int = 32
     """Inputs that are rotated among each other; where it is no divisor of in_features, the largest divisor
     below it."""
+    series_order: int | None = None
+    """Highest power of Q in a series that stands for (I - Q)^-1, from 2: R = (I + Q)(I + Q + ...), PEFT's
+    default (3), no exact rotation where Q is large; null computes R = (I - Q)(I + Q)^-1 exactly."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Layers that get an adapter: "all-linear" (every linear but the output head), a list of names or path
     endings, or a regular expression for the whole path; embeddings are refused."""
@@ -49,6 +53,13 @@ class OftConfig(SameEverywhere):
                 f"block_size {size!r} is not a whole number from 2 to 1024",
                 where="adapter.block_size",
                 fix="16 to 64 serve most layers",
+            )
+        order = self.series_order
+        if order is not None and (isinstance(order, bool) or order != int(order) or not 2 <= order <= 64):
+            raise ConfigError(
+                f"series_order {order!r} is not a whole number from 2 to 64",
+                where="adapter.series_order",
+                fix="leave it out for exact rotations; 3 is PEFT's",
             )
         check_placement(self)
 
@@ -71,4 +82,4 @@ class OftMethod:
         from graft.adapters.oft_layer import OftLayer
 
         num_blocks, num_numbers = self.tensor_shapes(base, config)["oft_R.weight"]
-        return OftLayer(num_blocks, num_numbers, base.in_features)
+        return OftLayer(num_blocks, num_numbers, base.in_features, config.series_order)

@@ -1,4 +1,4 @@
-"""The OFT layer: y = W R' x with R block-diagonal, each block (I - Q)(I + Q)^-1.
+"""The OFT layer: y = W R' x with R block-diagonal, each block (I - Q)(I + Q)^-1 or a series in Q.
 
 Shapes: x (..., in), y (..., out), Q and R (blocks, size, size); of Q the numbers above the diagonal are
 stored, row by row. As x is a row here, it becomes x R.
@@ -19,12 +19,14 @@ class OftLayer(nn.Module):
         num_blocks: Blocks of R.
         num_numbers: Numbers above the diagonal of one block.
         in_features: Length of x.
+        order: Highest power in (I + Q)(I + Q + ... + Q^order), which R is then.
     """
 
     additive = False
 
-    def __init__(self, num_blocks: int, num_numbers: int, in_features: int) -> None:
+    def __init__(self, num_blocks: int, num_numbers: int, in_features: int, order: int | None = None) -> None:
         super().__init__()
+        self.order = order
         self.size = in_features // num_blocks
         self.oft_R = nn.Parameter(torch.zeros(num_blocks, num_numbers, dtype=torch.float32))
 
@@ -38,13 +40,23 @@ class OftLayer(nn.Module):
         return {"oft_R.weight": self.oft_R}
 
     def _turn(self) -> Tensor:
-        """R - I = -2 Q (I + Q)^-1, (blocks, size, size): small, so that 16 bits keep its digits."""
+        """R - I = -2 Q (I + Q)^-1, or 2 Q + ... + 2 Q^n + Q^(n + 1): small, so that 16 bits keep its digits.
+
+        Returns:
+            (blocks, size, size).
+        """
         numbers = self.oft_R
         rows, columns = torch.triu_indices(self.size, self.size, 1, device=numbers.device)
         upper = numbers.new_zeros(len(numbers), self.size, self.size).index_put(
             (torch.arange(len(numbers), device=numbers.device)[:, None], rows, columns), numbers
         )
         skew = upper - upper.mT
+        if self.order is not None:
+            power, total = skew, 2 * skew
+            for _ in range(2, self.order + 1):
+                power = power @ skew
+                total = total + 2 * power
+            return total + power @ skew
         # Q and (I + Q)^-1 commute, so the order in which they are multiplied does not matter.
         return torch.linalg.solve(
             torch.eye(self.size, device=skew.device, dtype=skew.dtype) + skew, -2 * skew

@@ -151,7 +151,7 @@ def _open(model: nn.Module, told: Description) -> Parent:
             fix="give an adapter with target_modules",
         )
     _refuse_more_than_deltas(config, told)
-    digest = tensors_digest((full_name(key), tensor.load()) for key, tensor in opened.stored.items())
+    digest = tensors_digest((full_name(key), tensor.load()) for key, tensor in opened.saved.items())
     if told.side is not None and digest != told.side.tensors:
         raise AdapterError(
             f"the tensors were changed after the adapter was saved: digest {digest[:12]}, "

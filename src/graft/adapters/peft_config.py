@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ class PeftSettings:
     """Stacks of experts that PEFT adapted as wholes (`peft_stacks.split_stacks`)."""
     leaf: str = ""
     """What the last part of the key of every tensor of its layers starts with."""
+    only_used: tuple[str, ...] = ()
+    """Options that act in training and that graft does not have: it can be used, not trained further."""
 
 
 def read_settings(path: Path, method: str = "") -> tuple[PeftSettings, dict[str, Any]]:
@@ -92,7 +95,7 @@ def read_settings(path: Path, method: str = "") -> tuple[PeftSettings, dict[str,
         _as_tuple(field.read("layers_pattern", names, ())),
         config.modules_to_save,
     )
-    known = _PLACEMENT | _WITHOUT_EFFECT | dialect.honoured | dialect.idle | set(dialect.refused)
+    known = _PLACEMENT | _WITHOUT_EFFECT | dialect.known
     unknown = sorted(key for key in raw if key not in known and raw[key])
     notes = (f"unknown options of {path.name} left aside: {', '.join(unknown[:20])}",) if unknown else ()
     name, revision = raw.get("base_model_name_or_path"), raw.get("revision")
@@ -104,8 +107,27 @@ def read_settings(path: Path, method: str = "") -> tuple[PeftSettings, dict[str,
         notes,
         field.read("target_parameters", list_of_names, ()),
         dialect.leaf,
+        tuple(sorted(name for name in dialect.in_training if raw.get(name))),
     )
     return settings, raw
+
+
+def check_training(path: Path, options: Sequence[str]) -> None:
+    """Refuse to train an adapter further whose options act in training alone and are not had here.
+
+    Args:
+        path: The adapter_config.json.
+        options: Those of `Dialect.in_training` that are set in it.
+
+    Raises:
+        AdapterError: There are such options; they are named.
+    """
+    if options:
+        raise AdapterError(
+            f"{', '.join(options)}: not supported in training, and the adapter was trained with it",
+            where=f"{path}: {options[0]}",
+            fix="use it as it is, or set the option to 0 in the file to go on without",
+        )
 
 
 def directory_of(value: object, where: str) -> Path:

@@ -28,12 +28,19 @@ class Dialect:
     """Their options that would change the function, with the value that leaves it as it is."""
     idle: frozenset[str] = frozenset()
     """Their options that say how the file came about, or that follow from the model."""
+    in_training: frozenset[str] = frozenset()
+    """Their options that act in training alone, and that graft does not have: such an adapter can be used."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Theirs by ours, for errors."""
     lacks: frozenset[str] = frozenset()
     """Options of placement that their settings do not have."""
     claims: Callable[[Mapping[str, Any]], bool] = lambda raw: True
     """Whether a file of this peft_type is of this method."""
+
+    @property
+    def known(self) -> frozenset[str]:
+        """All options that it says something about."""
+        return self.honoured | self.idle | self.in_training | self.refused.keys()
 
 
 def written_patterns(config: Any, layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -110,6 +110,7 @@ _LOHA = Dialect(
     honoured=frozenset({"r", "alpha", "rank_pattern", "alpha_pattern"}),
     refused={},
     idle=frozenset({"init_weights", "use_effective_conv2d"}),
+    in_training=frozenset({"rank_dropout", "module_dropout"}),
     names={"rank": "r"},
     lacks=frozenset({"fan_in_fan_out"}),
 )
@@ -140,20 +141,36 @@ _LOKR = Dialect(
     honoured=_LOHA.honoured | {"decompose_both", "decompose_factor"},
     refused={},
     idle=_LOHA.idle | {"rank_dropout_scale"},
+    in_training=_LOHA.in_training,
     names={"rank": "r"},
     lacks=frozenset({"fan_in_fan_out"}),
 )
 
 
 def _read_oft(file: Field) -> dict[str, Any]:
-    return {"block_size": file.read("oft_block_size", whole, 32)}
+    """The series of theirs with n terms goes up to Q^(n - 1), but not below Q^3 from three terms on.
+
+    Raises:
+        AdapterError: It has fewer than three terms.
+    """
+    terms = file.read("num_cayley_neumann_terms", whole, 5)
+    series = file.read("use_cayley_neumann", flag, False)
+    if series and terms < 3:
+        raise AdapterError(
+            f"num_cayley_neumann_terms = {terms} is not supported: such a series is no rotation",
+            where=f"{file.path}: num_cayley_neumann_terms",
+            fix="train with 3 terms or more, or merge this adapter into its base with PEFT",
+        )
+    order = max(2, terms - 2) if series else None
+    return {"block_size": file.read("oft_block_size", whole, 32), "series_order": order}
 
 
 def _write_oft(config: Any, layers: Mapping[str, Any], targets: list[str]) -> dict[str, Any]:
     return {
         "r": 0,
         "oft_block_size": config.block_size,
-        "use_cayley_neumann": False,
+        "use_cayley_neumann": config.series_order is not None,
+        "num_cayley_neumann_terms": 5 if config.series_order is None else config.series_order + 2,
         "bias": "none",
         "coft": False,
         "block_share": False,
@@ -167,9 +184,10 @@ _OFT = Dialect(
     read=_read_oft,
     write=_write_oft,
     leaf="oft_R",
-    honoured=frozenset({"oft_block_size"}),
-    refused={"bias": "none", "coft": False, "block_share": False, "use_cayley_neumann": False, "r": 0},
-    idle=frozenset({"init_weights", "fan_in_fan_out", "eps", "num_cayley_neumann_terms"}),
+    honoured=frozenset({"oft_block_size", "use_cayley_neumann", "num_cayley_neumann_terms"}),
+    refused={"bias": "none", "coft": False, "block_share": False, "r": 0},
+    idle=frozenset({"init_weights", "fan_in_fan_out", "eps"}),
+    in_training=frozenset({"module_dropout"}),
     names={"block_size": "oft_block_size"},
 )
 
@@ -201,7 +219,7 @@ _TOKENS = Dialect(
 DIALECTS: tuple[Dialect, ...] = (
     lora_dialect("lora", lambda raw: not raw.get("use_dora")),
     lora_dialect("dora", lambda raw: bool(raw.get("use_dora")), target_parameters=None),
-    lora_dialect("lora_fa", lambda raw: False, use_dora=False, target_parameters=None),
+    lora_dialect("lora_fa", lambda raw: False, use_dora=False),
     lora_dialect("qa_lora", lambda raw: False, use_dora=False, target_parameters=None),
     _VERA,
     _IA3,

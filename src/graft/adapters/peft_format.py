@@ -26,6 +26,7 @@ from graft.adapters.base import method_of
 from graft.adapters.effect import adapted_layers, idle_layers
 from graft.adapters.foreign_files import is_foreign
 from graft.adapters.peft_config import directory_of, method_written, write_settings
+from graft.adapters.peft_join import join_experts, joined_settings
 from graft.adapters.peft_open import CONFIG, read_adapter
 from graft.adapters.peft_tensors import WEIGHTS, base_tensor, check_base_copy, check_finite, full_name
 from graft.adapters.plain import plain_form
@@ -74,14 +75,14 @@ def save_adapter(
     refuse_merged(model)
     known = adapter(model, name)
     _refuse_weighted(model, name)
-    written, own = _stored(model, known)
+    written, own, stacks = join_experts(model, *_stored(model, known))
     tensors = {
         full_name(key): tensor.detach().float().cpu().contiguous()
         for key, tensor in {**own, **_shared(known)}.items()
     }
     for key, tensor in tensors.items():
         check_finite(tensor, key, f"adapter {name!r}")
-    settings = write_settings(model, written)
+    settings = joined_settings(write_settings(model, written), stacks)
     side = SideFile(
         base_fingerprint(model),
         tensors_digest(tensors.items()),
@@ -182,7 +183,7 @@ def load_adapter(
         return load_foreign_adapter(model, directory, name, trainable=trainable)
     name = name or free_name(model, directory)
     check_name(model, name)
-    stored = read_adapter(model, directory, force_base=force_base)
+    stored = read_adapter(model, directory, force_base=force_base, trainable=trainable)
     settings, values, side = stored.settings, stored.values, stored.side
     for key, value in stored.copies.items():
         own = base_tensor(model, key)

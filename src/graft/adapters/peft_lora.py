@@ -34,6 +34,7 @@ _LORA_REFUSED: dict[str, Any] = {
     "corda_config": None,
     "lora_ga_config": None,
     "ensure_weight_tying": False,
+    "enable_lora": None,  # of PEFT 0.2: some parts of a fused linear only, in a layout of their own
 }
 
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -103,6 +104,7 @@ def lora_dialect(method: str, claims: Callable[[Mapping[str, Any]], bool], **ref
         claims: Whether a file is of this method.
         **refused: More options that are refused, with the value that leaves the function as it is.
     """
+    unlike = {**_LORA_REFUSED, **({} if method == "lora" else _PLAIN_ONLY), **refused}
     return Dialect(
         method=method,
         peft_type="LORA",
@@ -113,10 +115,11 @@ def lora_dialect(method: str, claims: Callable[[Mapping[str, Any]], bool], **ref
             "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
             "init_lora_weights", "use_dora", "target_parameters", "bias", "lora_bias",
             "trainable_token_indices",
-        }),
-        refused={**_LORA_REFUSED, **({} if method == "lora" else _PLAIN_ONLY), **refused},
+        }) - unlike.keys(),
+        refused=unlike,
         idle=frozenset({
             "fan_in_fan_out", "megatron_core", "qalora_group_size", "eva_config", "runtime_config",
+            "merge_weights",
         }),
         names={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
         claims=claims,

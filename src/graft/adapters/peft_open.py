@@ -12,9 +12,15 @@ from torch import Tensor, nn
 
 from graft.adapters.adapted import unwrapped
 from graft.adapters.base import method_of
-from graft.adapters.peft_config import SEQUENCE_CLASSIFICATION, PeftSettings, read_settings
+from graft.adapters.peft_config import (
+    SEQUENCE_CLASSIFICATION,
+    PeftSettings,
+    check_training,
+    read_settings,
+)
 from graft.adapters.peft_stacks import current_names, split_stacks
 from graft.adapters.peft_tensors import WEIGHTS, full_name, match, open_weights, read_tensors
+from graft.adapters.selected import refuse_kinds
 from graft.adapters.side_file import FILE, SideFile, check_base, read_side_file, settings_digest
 from graft.adapters.targets import (
     Selection,
@@ -63,7 +69,9 @@ class Opened:
     targets: dict[str, BaseLayer]
     """The layers that it adapts, by path."""
     stored: dict[str, StoredTensor]
-    """The tensors of the file by their keys (`peft_tensors.full_name`)."""
+    """The tensors of the file by their keys (`peft_tensors.full_name`), those of stacks expert by expert."""
+    saved: dict[str, StoredTensor]
+    """The tensors as the file has them."""
     copies: list[str]
     """Keys among them that only repeat base weights."""
 
@@ -104,13 +112,16 @@ class StoredAdapter:
     """What its user should know."""
 
 
-def read_adapter(model: nn.Module, directory: Path, *, force_base: bool = False) -> StoredAdapter:
+def read_adapter(
+    model: nn.Module, directory: Path, *, force_base: bool = False, trainable: bool = False
+) -> StoredAdapter:
     """Read an adapter directory for a model, which stays as it is; its parameters may be on the meta device.
 
     Args:
         model: The base model, with or without other adapters.
         directory: In PEFT's format.
         force_base: Accept a base other than the one that it was trained on.
+        trainable: Whether it is to be trained further.
 
     Raises:
         AdapterError: The files are missing, damaged, hold NaN, do not fit the model or use an option that is
@@ -118,10 +129,11 @@ def read_adapter(model: nn.Module, directory: Path, *, force_base: bool = False)
         FingerprintError: The adapter belongs to another base.
     """
     told, file = describe(directory), directory / WEIGHTS
+    check_training(directory / CONFIG, told.settings.only_used if trainable else ())
     check_task(model, told)
     forced, notes = check_base(model, told.side, directory, force=force_base)
     opened = open_adapter(model, told)
-    values = read_tensors(opened.stored, told.side, file)
+    values = read_tensors(opened.stored, told.side, file, opened.saved)
     copies = {key: values.pop(key) for key in opened.copies}
     return StoredAdapter(
         directory=directory,
@@ -159,19 +171,21 @@ def open_adapter(model: nn.Module, told: Description) -> Opened:
         AdapterError: The tensors are missing, damaged, or do not fit the model.
     """
     directory, raw = told.directory, told.raw
-    stored = current_names(model, open_weights(directory))
+    saved, ours = open_weights(directory), told.side is not None
+    stored = current_names(model, saved)
     settings, stored = split_stacks(
-        model, told.settings, stored, raw.get("peft_version"), directory / WEIGHTS
+        model, told.settings, stored, raw.get("peft_version"), directory / WEIGHTS, ours=ours
     )
     stored = _without_tied_copy(model, settings, stored)
     try:
         settings = _resolved(model, settings, stored, "loftq" if told.side and told.side.makes_up else "")
         targets = select_targets(model, settings.selection, strict=False)
+        refuse_kinds(settings.config, targets)
         expected = _expected_shapes(model, settings, targets, raw)
     except (TargetError, ConfigError) as error:
         raise AdapterError(error.what, where=f"{directory / CONFIG}: {error.where}", fix=error.fix) from error
     copies = match(model, expected, stored, directory / WEIGHTS)
-    return Opened(settings, targets, stored, copies)
+    return Opened(settings, targets, stored, saved, copies)
 
 
 def restored(
@@ -270,6 +284,7 @@ def _expected_shapes(
     model: nn.Module, settings: PeftSettings, targets: dict[str, BaseLayer], raw: dict[str, Any]
 ) -> dict[str, tuple[int, ...]]:
     method: Any = method_of(settings.config)
+    _refuse_kernels(targets, raw)
     shapes_of = getattr(method, "stored_shapes", method.tensor_shapes)
     expected: dict[str, tuple[int, ...]] = {}
     for path, base in {**targets, **select_rows(model, settings.config)}.items():
@@ -285,3 +300,13 @@ def _expected_shapes(
         shapes = method.shared_shapes(list(targets.values()), settings.config)
         expected |= {f".{name}": shape for name, shape in shapes.items()}
     return expected
+
+
+def _refuse_kernels(targets: dict[str, BaseLayer], raw: dict[str, Any]) -> None:
+    kerneled = [path for path, base in targets.items() if base.kind == "conv2d" and base.kernel != (1, 1)]
+    if kerneled and raw.get("use_effective_conv2d"):
+        raise TargetError(
+            f"use_effective_conv2d is not supported: {kerneled[0]} would have tensors for its kernel alone",
+            where="use_effective_conv2d",
+            fix="train without it, or merge this adapter into its base with PEFT",
+        )

@@ -130,8 +130,19 @@ def check_base_copy(own: Tensor, key: str, value: Tensor, file: Path) -> None:
         )
 
 
-def read_tensors(stored: dict[str, StoredTensor], side: SideFile | None, file: Path) -> dict[str, Tensor]:
+def read_tensors(
+    stored: dict[str, StoredTensor],
+    side: SideFile | None,
+    file: Path,
+    saved: dict[str, StoredTensor] | None = None,
+) -> dict[str, Tensor]:
     """Read all tensors, as stored.
+
+    Args:
+        stored: By their keys; parts of stacks stand in their place.
+        side: The adapter's side file.
+        file: Of the tensors.
+        saved: The tensors as the file has them, which the digest is of; None for the same.
 
     Raises:
         AdapterError: A value is not finite, or the digest is not the one that was saved.
@@ -143,7 +154,10 @@ def read_tensors(stored: dict[str, StoredTensor], side: SideFile | None, file: P
     for key, value in values.items():
         check_finite(value, full_name(key), str(file))
     if side is not None:
-        found = tensors_digest((full_name(key), value) for key, value in values.items())
+        whole = {
+            key: values[key] if key in values else tensor.load() for key, tensor in (saved or stored).items()
+        }
+        found = tensors_digest((full_name(key), value) for key, value in whole.items())
         if found != side.tensors:
             raise AdapterError(
                 f"the tensors were changed after the adapter was saved: digest {found[:12]}, "

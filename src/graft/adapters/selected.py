@@ -60,7 +60,7 @@ def selected(
     if strict:
         _refuse_rows_twice(targets, saved, rows)
     targets = in_order(model, {**targets, **rows})
-    _refuse_kinds(config, targets)
+    refuse_kinds(config, targets)
     resolve = getattr(method_of(config), "resolved", None)
     config = config if resolve is None else resolve(config, targets)
     for path, base in targets.items():
@@ -86,11 +86,15 @@ def _refuse_rows_twice(
             )
 
 
-def _refuse_kinds(config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> None:
-    """Refuse layers of a kind that a method does not adapt.
+def refuse_kinds(config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> None:
+    """Refuse targets that a method does not adapt.
+
+    Args:
+        config: Its settings.
+        targets: Layers by path.
 
     Raises:
-        TargetError: There is one.
+        TargetError: One is of another kind, or of a form that the method does not take.
     """
     kinds = kinds_of(method_of(config))
     for path, base in targets.items():
@@ -100,6 +104,8 @@ def _refuse_kinds(config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> No
                 where="adapter.target_modules",
                 fix=f"take it out of the targets: {config.method} adapts {', '.join(kinds)}",
             )
+        if base.kind == "conv2d":  # which may be of a form that the method does not take
+            method_of(config).tensor_shapes(base, config.at(path))
 
 
 def _refuse_overlap(model: nn.Module, targets: dict[str, BaseLayer], saved: dict[str, nn.Module]) -> None:

@@ -162,7 +162,7 @@ def _by_name(
         found = {
             path: base
             for path, base in layers.items()
-            if base.kind != "embedding" and base.module is not head
+            if base.kind in ("linear", "conv1d") and base.module is not head
         }
         if not found:
             _refuse(model, layers, "target_modules", [ALL_LINEAR])
@@ -318,7 +318,7 @@ def _refuse(
         fix = stacked_experts(model) or _did_you_mean(names[0], there)
     raise TargetError(
         f"{field} {[name[:80] for name in shown]} {matched} of {_label(model)}. "
-        f"Linear layers and embeddings there: {' '.join(there[:60])}",
+        f"Layers there: {' '.join(there[:60])}",
         where=f"adapter.{field}",
         fix=fix,
     )

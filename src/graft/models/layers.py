@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from graft.kernels.wide import is_wide, wide_linear
 from graft.models.packed_layers import decoded, is_packed, packed_sizes
 from graft.quant.linear import QuantizedLinear
 from graft.quant.tensor import shifted
 
-Kind = Literal["linear", "conv1d", "embedding"]
+Kind = Literal["linear", "conv1d", "embedding", "conv2d"]
 
 
 @final
@@ -28,13 +29,14 @@ class BaseLayer:
     """The layer itself; calling it gives the base output."""
 
     kind: Kind
-    """linear (dense or quantized), conv1d (GPT-2's transposed linear) or embedding."""
+    """linear (dense or quantized), conv1d (GPT-2's transposed linear), embedding or conv2d."""
 
     in_features: int
-    """Length of the input vector; the number of rows of an embedding."""
+    """Length of the input vector; the number of rows of an embedding; of a conv2d the numbers under its
+    kernel, which are in_channels / groups times those of a channel, channels slowest."""
 
     out_features: int
-    """Length of the output vector; the dimension of an embedding."""
+    """Length of the output vector; the dimension of an embedding; the output channels of a conv2d."""
 
     quantized: bool
     """Whether the weight is stored in codes and cannot be replaced in place."""
@@ -44,8 +46,8 @@ class BaseLayer:
         """View a module as a base layer.
 
         Args:
-            module: `nn.Linear`, transformers' `Conv1D`, `nn.Embedding`, graft's `QuantizedLinear`, or a
-                linear that another library packed.
+            module: `nn.Linear`, transformers' `Conv1D`, `nn.Embedding`, `nn.Conv2d`, graft's
+                `QuantizedLinear`, or a linear that another library packed.
 
         Returns:
             The view, or None for any other module.
@@ -58,7 +60,11 @@ class BaseLayer:
         if (sizes := packed_sizes(module)) is not None:
             return BaseLayer(module, "linear", *sizes, quantized=True)
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 2 or is_packed(weight):
+        if not isinstance(weight, Tensor) or is_packed(weight):
+            return None
+        if isinstance(module, nn.Conv2d) and weight.dim() == 4:
+            return BaseLayer(module, "conv2d", weight[0].numel(), len(weight), quantized=False)
+        if weight.dim() != 2:
             return None
         rows, columns = weight.shape
         if isinstance(module, nn.Linear) and (rows, columns) == (module.out_features, module.in_features):
@@ -124,7 +130,9 @@ class BaseLayer:
             weight = decoded(self.module, self.in_features, self.out_features)
             return weight if dtype is None else weight.to(dtype)
         weight = self._weight.detach()
-        if self.kind != "linear":
+        if self.kind == "conv2d":
+            weight = weight.flatten(1)
+        elif self.kind != "linear":
             weight = weight.t()
         return weight if dtype is None else weight.to(dtype)
 
@@ -158,7 +166,57 @@ class BaseLayer:
         assert not self.quantized, "a quantized weight is written by quantizing a new layer"
         assert weight.shape == (self.out_features, self.in_features), tuple(weight.shape)
         with torch.no_grad():
-            self._weight.copy_(weight if self.kind == "linear" else weight.t())
+            self._weight.copy_(self.laid_out(weight))
+
+    def laid_out(self, weight: Tensor) -> Tensor:
+        """A weight `(out_features, in_features)` in the module's own layout."""
+        if self.kind == "conv2d":
+            return weight.reshape(self._weight.shape)
+        return weight if self.kind == "linear" else weight.t()
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What the layer would put out with another weight and no bias; differentiable, not for embeddings.
+
+        Args:
+            x: (..., in_features), or (..., channels, height, width) for a conv2d: an input of the layer.
+            weight: (n, in_features) in the dtype of x, where n may be any number but for a conv2d in groups.
+
+        Returns:
+            (..., n), or (..., n, height, width).
+        """
+        if self.kind != "conv2d":
+            return functional.linear(x, weight)
+        # torch's own way from a weight to an output, with the stride, dilation and padding of the layer.
+        module: Any = self.module
+        made: Tensor = module._conv_forward(x, weight.unflatten(1, module.weight.shape[1:]), None)
+        return made
+
+    def spread(self, vector: Tensor) -> Tensor:
+        """A vector with a number for each feature (input or output), shaped to meet inputs or outputs.
+
+        Args:
+            vector: As many numbers as x or y has features (channels of a conv2d), in any shape.
+        """
+        return vector.reshape(-1, 1, 1) if self.kind == "conv2d" else vector.reshape(-1)
+
+    @property
+    def num_inputs(self) -> int:
+        """Features of an input: in_features, or all input channels of a conv2d."""
+        return int(self._conv.in_channels) if self.kind == "conv2d" else self.in_features
+
+    @property
+    def groups(self) -> int:
+        """Groups of channels of a conv2d that do not mix; 1 for all other layers."""
+        return int(self._conv.groups) if self.kind == "conv2d" else 1
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Height and width of the kernel of a conv2d; empty for all other layers."""
+        return tuple(self._conv.kernel_size) if self.kind == "conv2d" else ()
+
+    @property
+    def _conv(self) -> Any:
+        return self.module
 
     @property
     def _weight(self) -> Tensor:

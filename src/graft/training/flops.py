@@ -128,7 +128,11 @@ def _matrices(model: nn.Module, base: bool = False) -> Iterator[tuple[str, BaseL
     experts = [path for path, module in model.named_modules() if isinstance(module, Experts)]
     for path, module in model.named_modules():
         layer = BaseLayer.of(module)
-        if layer is None or layer.kind == "embedding" or (head is not None and module is head.module):
+        if (
+            layer is None
+            or layer.kind in ("embedding", "conv2d")
+            or (head is not None and module is head.module)
+        ):
             continue
         if ".copies." in path or (path.endswith(".original") and not base):
             continue  # the copy of a module counts as what trains

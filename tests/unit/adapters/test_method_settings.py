@@ -75,6 +75,7 @@ def test_fields_of_other_methods_are_refused() -> None:
         (("adapter.method=vera", "adapter.d_initial=0"), "adapter.d_initial"),
         (("adapter.method=vera", "adapter.projection_seed=-1"), "adapter.projection_seed"),
         (("adapter.method=ia3", "adapter.feedforward_modules=[fc]"), "adapter.feedforward_modules"),
+        (("adapter.method=oft", "adapter.series_order=1"), "adapter.series_order"),
         (("adapter.method=dora", "adapter.layers=[-1]"), "adapter.layers"),
         (("adapter.method=dora", "adapter.target_modules=[]", "adapter.layers=[1]"), "adapter."),
     ],

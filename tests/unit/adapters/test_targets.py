@@ -61,7 +61,7 @@ def test_names_expressions_exclusions_and_blocks(llama: Any) -> None:
         ({"target_modules": ("q_porj",)}, "did you mean 'q_proj'"),
         ({"target_modules": ("q_proj", "v_porj")}, r"\['v_porj'\] matched no layer"),
         ({"target_modules": "q_proj"}, r'write the list \["q_proj"\]'),
-        ({"target_modules": r".*query"}, "Linear layers and embeddings there: down_proj"),
+        ({"target_modules": r".*query"}, "Layers there: down_proj"),
         ({"target_modules": ("self_attn",)}, "LlamaAttention, which cannot carry an adapter"),
         ({"target_modules": ("proj",)}, "matched no layer"),
         ({"target_modules": "(q_proj"}, "is not a regular expression"),

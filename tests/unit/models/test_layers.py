@@ -41,6 +41,31 @@ def test_embedding_is_a_matrix_of_its_rows():
     assert torch.equal(layer.dense_weight().T[3], module(torch.tensor(3)))
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_is_a_matrix_over_what_lies_under_its_kernel(groups):
+    torch.manual_seed(0)
+    module = nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=1, dilation=(1, 2), groups=groups)
+    layer = BaseLayer.of(module)
+    width = 4 // groups * 3 * 2
+    assert (layer.kind, layer.in_features, layer.out_features, layer.quantized) == ("conv2d", width, 6, False)
+    assert (layer.num_inputs, layer.groups, layer.kernel) == (4, groups, (3, 2))
+    x = torch.randn(2, 4, 5, 6)
+    patches = nn.functional.unfold(x, (3, 2), dilation=(1, 2), padding=1, stride=(2, 1))
+    of_groups = patches.unflatten(1, (groups, width))
+    rows = layer.dense_weight().unflatten(0, (groups, -1))
+    expected = torch.einsum("bgip,goi->bgop", of_groups, rows).flatten(1, 2) + layer.bias[:, None]
+    torch.testing.assert_close(module(x).flatten(2), expected)
+    other = torch.randn(6, width)
+    plain = layer.apply(x, other)
+    parameter = module.weight
+    layer.replace_weight(other)
+    assert module.weight is parameter
+    assert torch.equal(layer.dense_weight(), other)
+    torch.testing.assert_close(module(x), plain + layer.spread(layer.bias))
+    few = torch.randn(3, width)
+    torch.testing.assert_close(layer.product(few), few @ other.t())
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
 def test_replace_weight_keeps_the_parameter(kind):
     module = layer_of(kind).to(torch.bfloat16)
@@ -67,7 +92,10 @@ def test_quantized():
         layer.replace_weight(torch.zeros(6, 64))
 
 
-@pytest.mark.parametrize("module", [nn.LayerNorm(4), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.Bilinear(2, 2, 2)])
+@pytest.mark.parametrize(
+    "module",
+    [nn.LayerNorm(4), nn.ReLU(), nn.Conv1d(2, 2, 1), nn.ConvTranspose2d(2, 2, 1), nn.Bilinear(2, 2, 2)],
+)
 def test_other_modules_are_no_layers(module):
     assert BaseLayer.of(module) is None
 
