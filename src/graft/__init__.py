@@ -45,6 +45,7 @@ _HOMES = {
     "load_foreign_adapter": "graft.adapters.foreign",
     "loftq": "graft.adapters.loftq",
     "merge": "graft.adapters.merge",
+    "merge_in_place": "graft.adapters.in_place",
     "quantize": "graft.models.quantize",
     "resume": "graft.training.build",
     "save_active": "graft.adapters.compose_live",
@@ -52,6 +53,7 @@ _HOMES = {
     "save_foreign_adapter": "graft.adapters.foreign",
     "set_active": "graft.adapters.attached",
     "train": "graft.training.build",
+    "unmerge": "graft.adapters.in_place",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -17,20 +17,22 @@ from torch.nn import functional
 import graft.models.load as models
 from graft.adapters.adalora import AdaLoraConfig
 from graft.adapters.attach import adapter_tensors, adapters_of, attach, detach, disabled, set_active
-from graft.adapters.attached import fixed_tensors, trained_tensors
+from graft.adapters.attached import base_state, fixed_tensors, stays_tied, trained_tensors
 from graft.adapters.base import METHODS, check_adapter_method, frozen_tensors, kinds_of, ships_quantized
 from graft.adapters.dora import DoraConfig
 from graft.adapters.fold import merge_into
 from graft.adapters.ia3 import Ia3Config
+from graft.adapters.in_place import merge_in_place, unmerge
 from graft.adapters.loha import LohaConfig
 from graft.adapters.lokr import LokrConfig
 from graft.adapters.lora import LoraConfig
 from graft.adapters.lora_fa import LoraFaConfig
+from graft.adapters.merge import merge
 from graft.adapters.oft import OftConfig
 from graft.adapters.peft_format import load_adapter, save_adapter
 from graft.adapters.qa_lora import QaLoraConfig
 from graft.adapters.qat import QatConfig
-from graft.adapters.targets import base_layers
+from graft.adapters.targets import base_layers, tied_pair
 from graft.adapters.trainable_tokens import TrainableTokensConfig
 from graft.adapters.vera import VeraConfig
 from graft.errors import AdapterError, TargetError
@@ -274,6 +276,46 @@ def test_merged_is_live(tiny_dir: Callable[..., Path], name: str, family: str) -
     merge_into(model)
     assert not adapters_of(model)
     torch.testing.assert_close(logits(model), live, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize(("family", "quantization"), [("llama", "nf4"), ("gpt2", None)])
+def test_merged_files_are_live(
+    tiny_dir: Callable[..., Path], name: str, family: str, quantization: str | None, tmp_path: Path
+) -> None:
+    model = made(tiny_dir(family), name, family, quantization=quantization)
+    shake(trained_tensors(model).values())
+    save_adapter(model, tmp_path / "a")
+    report = merge(tmp_path / "a", tmp_path / "m")
+    assert report.folded_into == ("dense" if quantization is None else "dequantized")
+    torch.testing.assert_close(logits(models.load(tmp_path / "m").model), logits(model), atol=1e-5, rtol=1e-5)
+
+
+@every
+@families
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merged_in_place_is_live_and_unmerged_is_the_base_to_the_bit(
+    tiny_dir: Callable[..., Path], name: str, family: str, dtype: str
+) -> None:
+    model = made(tiny_dir(family), name, family, dtype=dtype)
+    base = {key: (tensor.clone(), tensor) for key, tensor in base_state(model)}
+    shake(trained_tensors(model).values())
+    live = logits(model)
+    merge_in_place(model)
+    changed = [key for key, tensor in base_state(model) if not torch.equal(tensor, base[key][0])]
+    touched = set(adapters_of(model)["default"].targets)
+    if stays_tied(model, "default"):  # the head shows the same weight
+        touched |= set(tied_pair(model) or ())
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert {key.rpartition(".")[0] for key in changed} == touched
+    # 8 bits: every product of the live model is rounded apart, of the merged one together.
+    tolerance = 1e-5 if dtype == "float32" else 0.1 * float(live.abs().max())
+    torch.testing.assert_close(logits(model), live, atol=tolerance, rtol=1e-5)
+    unmerge(model)
+    for key, tensor in base_state(model):
+        assert torch.equal(tensor, base[key][0]), key
+        assert tensor.data_ptr() == base[key][1].data_ptr(), key
+    assert torch.equal(logits(model), live)
 
 
 @pytest.mark.parametrize("name", BESIDE)

@@ -53,6 +53,17 @@ def test_memory_and_speed_of_training_are_compared() -> None:
     assert "memory_over_peft" in told
 
 
+def test_ways_of_merging_are_compared(shared: Path) -> None:
+    told = run("merging.py", "--small")
+    for what in (
+        "requantized_dense, nf4",
+        "requantized, int8",
+        "dequantized, bfloat16",
+        "folding and writing alone",
+    ):
+        assert what in told
+
+
 def test_steps_of_methods_are_compared() -> None:
     told = run("methods.py", "--small", "--steps", "1", "--only", "lora", "adalora")
     assert "over_lora" in told

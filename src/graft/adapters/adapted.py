@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -167,3 +168,16 @@ def unwrapped(module: nn.Module) -> nn.Module:
     if isinstance(module, AdaptedLayer):
         return module.base_layer
     return module.original if isinstance(module, SavedModule) else module
+
+
+@dataclass(eq=False)
+class Merged:
+    """An adapter that is in the weights of a model in memory, and what it takes to get it out again."""
+
+    name: str
+    kept: list[tuple[nn.Module, str, nn.Parameter]]
+    """Modules, names and the base's own parameters, which stand aside untouched."""
+    active: dict[str, float]
+    """Adapters that acted before, and the factors on their updates."""
+    tied: bool
+    """Whether embedding and head shared one weight until then and do not now."""

@@ -18,33 +18,21 @@ from graft.adapters.attached import (
     adapters_of,
     attachments,
     disabled,
+    refuse_merged,
     set_active,
     stays_tied,
     trained_tensors,
 )
-from graft.adapters.base import AdapterConfig, kinds_of, method_of
+from graft.adapters.base import AdapterConfig, method_of
 from graft.adapters.data_starts import Pass
 from graft.adapters.initializers import generator_for
-from graft.adapters.patterns import first_match
 from graft.adapters.rounding_starts import Start
+from graft.adapters.selected import selected, selection_of
 from graft.adapters.settings import DATA, without_start
-from graft.adapters.shipped import refuse_unquantizable
 from graft.adapters.starts import Starts, check_targets, is_made_elsewhere, make_starts
-from graft.adapters.targets import (
-    ALL_LINEAR,
-    Selection,
-    base_layers,
-    in_order,
-    select_biases,
-    select_rows,
-    select_saved,
-    select_targets,
-    tied_pair,
-)
-from graft.adapters.trainable_tokens import token_rows
-from graft.config import did_you_mean
+from graft.adapters.targets import ALL_LINEAR, Selection, base_layers, tied_pair
 from graft.dialects import explained
-from graft.errors import AdapterError, ConfigError, TargetError
+from graft.errors import AdapterError, ConfigError
 from graft.models.experts import stacked_experts
 from graft.models.layers import BaseLayer
 from graft.models.packed_layers import passes_gradient
@@ -59,7 +47,6 @@ __all__ = [
     "detach",
     "disabled",
     "install",
-    "selection_of",
     "set_active",
 ]
 
@@ -104,16 +91,6 @@ def attach(
     return install(model, config, selection_of(config), name, seed=seed, batches=batches)
 
 
-def selection_of(config: AdapterConfig) -> Selection:
-    """Where an adapter's settings put it."""
-    return Selection(
-        config.target_modules,
-        config.exclude_modules,
-        config.layers,
-        modules_to_save=config.modules_to_save,
-    )
-
-
 def install(
     model: nn.Module,
     config: AdapterConfig,
@@ -144,7 +121,7 @@ def install(
     """
     check_name(model, name)
     method_of(config)
-    config, targets, saved, biases = _selected(model, config, selection, strict)
+    config, targets, saved, biases = selected(model, config, selection, strict=strict)
     if seed is not None:
         _refuse_without_gradient(targets)
         check_targets(config, targets)
@@ -158,7 +135,7 @@ def install(
         model.graft_attachments = record  # type: ignore[assignment]
         for parameter in record.frozen:
             parameter.requires_grad_(False)
-    shared = _shared(config, targets)
+    shared = shared_of(config, targets)
     for path, base in targets.items():
         start = None if starts is None else starts.layers.get(path)
         _adapt(model, path, base, config, name, seed, shared, start)
@@ -168,7 +145,8 @@ def install(
     adapter = Adapter(name, config, tuple(targets), tuple(saved), 0, tuple(biases), shared=shared)
     record.adapters[name] = adapter
     adapter.num_trainable = sum(tensor.numel() for tensor in trained_tensors(model, name).values())
-    adapter.notes += [*_tied_notes(model, adapter), *(starts.notes if starts is not None else ())]
+    adapter.notes += tied_notes(model, (*targets, *saved), together=stays_tied(model, name))
+    adapter.notes += starts.notes if starts is not None else ()
     if selection.target_modules == ALL_LINEAR and (stacks := stacked_experts(model)):
         adapter.notes.append(f"the experts carry no adapter: {stacks}")
     guard_save_pretrained(model)
@@ -176,37 +154,13 @@ def install(
     return adapter
 
 
-def _selected(
-    model: nn.Module, config: AdapterConfig, selection: Selection, strict: bool
-) -> tuple[AdapterConfig, dict[str, BaseLayer], dict[str, nn.Module], list[str]]:
-    """Settings, targets, modules trained in full, modules whose bias trains; refuses what cannot be done."""
-    targets = select_targets(model, selection, strict=strict)
-    saved = select_saved(model, selection.modules_to_save)
-    rows = select_rows(model, config)
-    if strict:
-        _refuse_rows_twice(targets, saved, rows)
-    targets = in_order(model, {**targets, **rows})
-    refuse_kinds(config, targets)
-    refuse_unquantizable(model, config, targets)
-    resolve = getattr(method_of(config), "resolved", None)
-    config = config if resolve is None else resolve(config, targets)
-    for path, base in targets.items():
-        method_of(config).tensor_shapes(base, config.at(path))  # refuses what it cannot do, before a change
-    _refuse_overlap(model, targets, saved)
-    _refuse_tied(config, model, (*targets, *saved))
-    biases = select_biases(model, config, targets, saved)
-    if strict:
-        _refuse_idle_patterns(config, targets)
-        _refuse_idle_bias(config, targets, biases)
-    return config, targets, saved, biases
-
-
 def check_name(model: nn.Module, name: str) -> None:
-    """Refuse a name that is taken or that cannot name a module.
+    """Refuse a name that is taken or that cannot name a module, and a base that holds a merged adapter.
 
     Raises:
         AdapterError: In these cases.
     """
+    refuse_merged(model)
     if name in attachments(model).adapters:
         raise AdapterError(
             f"the model already has an adapter {name!r}",
@@ -216,28 +170,6 @@ def check_name(model: nn.Module, name: str) -> None:
     if not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise AdapterError(
             f"an adapter cannot be called {name!r}", where="name", fix="use another word, without dots"
-        )
-
-
-def _refuse_idle_patterns(config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> None:
-    for field in ("rank_pattern", "alpha_pattern"):
-        for item in getattr(config, field, ()):
-            if not any(list(first_match((item,), path)) for path in targets):
-                raise TargetError(
-                    f"{item!r} matches none of the {len(targets)} targets",
-                    where=f"adapter.{field}",
-                    fix=did_you_mean(item.rpartition("=")[0], {path.rpartition(".")[2] for path in targets}),
-                )
-
-
-def _refuse_idle_bias(config: AdapterConfig, targets: Mapping[str, BaseLayer], biases: list[str]) -> None:
-    wanted = getattr(config, "bias", "none")
-    if wanted != "none" and not biases and all(base.bias is None for base in targets.values()):
-        raise TargetError(
-            f"bias {wanted!r} selects nothing: "
-            + ("no target has a bias" if wanted == "lora_only" else "the model has no bias"),
-            where="adapter.bias",
-            fix="leave it out; adapter.lora_bias gives lora_B one",
         )
 
 
@@ -254,43 +186,8 @@ def _refuse_without_gradient(targets: Mapping[str, BaseLayer]) -> None:
             )
 
 
-def _refuse_overlap(model: nn.Module, targets: dict[str, BaseLayer], saved: dict[str, nn.Module]) -> None:
-    for path, module in adapter_modules(model).items():
-        whole = isinstance(module, SavedModule)
-        in_saved = any(f"{path}.".startswith(f"{outer}.") for outer in saved)
-        if (path in targets and whole) or (in_saved and not (whole and path in saved)):
-            holders = module.copies if isinstance(module, SavedModule) else module.adapters
-            raise AdapterError(
-                f"{path} belongs to adapter {', '.join(holders)}: it cannot both carry an adapter and be "
-                "trained in full",
-                where=path,
-                fix="detach the other adapter first, or leave the module out of one of them",
-            )
-
-
-def refuse_kinds(config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> None:
-    """Refuse targets that a method does not adapt.
-
-    Args:
-        config: Its settings.
-        targets: Layers by path.
-
-    Raises:
-        TargetError: One is of another kind, or of a form that the method does not take.
-    """
-    kinds = kinds_of(method_of(config))
-    for path, base in targets.items():
-        if base.kind not in kinds:
-            raise TargetError(
-                f"{path} is of kind {base.kind}, which {config.method} does not adapt",
-                where="adapter.target_modules",
-                fix=f"take it out of the targets: {config.method} adapts {', '.join(kinds)}",
-            )
-        if base.kind == "conv2d":  # which may be of a form that the method does not take
-            method_of(config).tensor_shapes(base, config.at(path))
-
-
-def _shared(config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> nn.Module | None:
+def shared_of(config: AdapterConfig, targets: Mapping[str, BaseLayer]) -> nn.Module | None:
+    """What all layers of an adapter share (`AdapterMethod.build_shared`); None where they share nothing."""
     build = getattr(method_of(config), "build_shared", None)
     made: nn.Module | None = build(list(targets.values()), config) if build is not None and targets else None
     return made
@@ -323,18 +220,6 @@ def _adapt(
     module.adapters[name] = layer.to(base.device).train(module.training)
 
 
-def _refuse_rows_twice(
-    targets: Collection[str], saved: Collection[str], rows: Mapping[str, BaseLayer]
-) -> None:
-    for path in rows:
-        if path in targets or path in saved:
-            raise TargetError(
-                f"{path} is a target or trained in full, and trainable_token_indices trains rows of it",
-                where="adapter.trainable_token_indices",
-                fix="leave one of them out",
-            )
-
-
 def _adapt_tied(
     model: nn.Module, name: str, targets: Mapping[str, BaseLayer], saved: Collection[str]
 ) -> None:
@@ -353,18 +238,6 @@ def _adapt_tied(
     module.adapters[name] = own.tied_layer().train(module.training)
 
 
-def _refuse_tied(config: AdapterConfig, model: nn.Module, places: Collection[str]) -> None:
-    embedding, head = tied_pair(model) or ("", "")
-    if not token_rows(config) or embedding not in places:
-        return
-    if head in places or isinstance(model.get_submodule(head), SavedModule):
-        raise TargetError(
-            f"{head} shares its weight with {embedding}, of which rows train: both sides have to see them",
-            where="adapter.target_modules",
-            fix=f"take {head} out of target_modules and modules_to_save, of other adapters too",
-        )
-
-
 def _save_module(model: nn.Module, path: str, name: str, *, whole: bool) -> None:
     module = model.get_submodule(path)
     if not isinstance(module, SavedModule):
@@ -376,10 +249,17 @@ def _save_module(model: nn.Module, path: str, name: str, *, whole: bool) -> None
         module.add_bias(name)
 
 
-def _tied_notes(model: nn.Module, adapter: Adapter) -> list[str]:
+def tied_notes(model: nn.Module, paths: Collection[str], *, together: bool) -> list[str]:
+    """What to know about an adapter over one half, or both, of a tied embedding and head.
+
+    Args:
+        model: The model.
+        paths: What the adapter changes.
+        together: Whether it does the same to both, so that they keep sharing a weight (`stays_tied`).
+    """
     pair = tied_pair(model)
-    touched = [path for path in pair or () if path in adapter.targets or path in adapter.saved_modules]
-    if pair is None or not touched or stays_tied(model, adapter.name):
+    touched = [path for path in pair or () if path in paths]
+    if pair is None or not touched or together:
         return []
     other = [path for path in pair if path not in touched]
     what = f"{' and '.join(touched)} {'are' if len(touched) > 1 else 'is'} trained"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.adapters.adapted import AdaptedLayer, SavedModule
+from graft.adapters.adapted import AdaptedLayer, Merged, SavedModule
 from graft.adapters.base import frozen_tensors, is_additive, method_of, replaces_base
 from graft.adapters.settings import is_number
 from graft.config import closest
@@ -67,6 +67,8 @@ class Attachments:
     """Factors on the updates of active adapters; one where missing."""
     frozen: list[nn.Parameter] = field(default_factory=list)
     """Base parameters that took gradients before the first adapter came."""
+    merged: Merged | None = None
+    """The adapter that is in the weights now."""
 
 
 def attachments(model: object) -> Attachments:
@@ -123,6 +125,21 @@ def adapter(model: nn.Module, name: str) -> Adapter:
         there = f"did you mean {near!r}?" if near else f"adapters there: {', '.join(known) or 'none'}"
         raise AdapterError(f"the model has no adapter {name!r}", where="name", fix=there)
     return known[name]
+
+
+def refuse_merged(model: nn.Module) -> None:
+    """Refuse what needs the plain base while an adapter is in its weights.
+
+    Raises:
+        AdapterError: One is.
+    """
+    merged = attachments(model).merged
+    if merged is not None:
+        raise AdapterError(
+            f"the adapter {merged.name!r} is merged into the weights, so the model is not its base now",
+            where="model",
+            fix="graft.unmerge(model) first",
+        )
 
 
 def adapter_modules(model: nn.Module) -> dict[str, AdaptedLayer | SavedModule]:
@@ -267,9 +284,21 @@ def set_active(
         weights: One for each name; all one where None. They last until the next call, `disabled` keeps them.
 
     Raises:
-        AdapterError: No such adapter, two of them train the same module in full, one that computes with a
-            quantized weight of its own has another one beside it, the weights are not one finite number for
-            each, or an adapter with a weight other than one has no update that a factor could be put on.
+        AdapterError: No such adapter, two of them cannot act together on a module, the weights are not one
+            finite number for each, an adapter with a weight other than one has no update that a factor could
+            be put on, or one is merged into the weights.
+    """
+    refuse_merged(model)
+    activate(model, names, weights)
+
+
+def activate(
+    model: nn.Module, names: str | Sequence[str] | None, weights: Sequence[float] | None = None
+) -> None:
+    """`set_active`, also while an adapter is merged.
+
+    Raises:
+        AdapterError: As there.
     """
     chosen = () if names is None else (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     for name in chosen:
@@ -346,7 +375,12 @@ def _check_weighable(
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is the plain base; afterwards the same adapters act, weights and all."""
+    """Within the block the model is the plain base; afterwards the same adapters act, weights and all.
+
+    Raises:
+        AdapterError: One is merged into the weights.
+    """
+    refuse_merged(model)
     modules = adapter_modules(model).values()
     before = [(module, module.active) for module in modules]
     try:

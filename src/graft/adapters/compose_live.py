@@ -10,7 +10,13 @@ from typing import Any
 from torch import nn
 
 from graft.adapters.adapted import AdaptedLayer, SavedModule
-from graft.adapters.attached import active_weights, adapter_modules, adapter_tensors, adapters_of
+from graft.adapters.attached import (
+    active_weights,
+    adapter_modules,
+    adapter_tensors,
+    adapters_of,
+    refuse_merged,
+)
 from graft.adapters.base import is_additive
 from graft.adapters.composed_files import LINEAGE, Composed, common_facts
 from graft.adapters.deltas import Product, delta_of, norm, weighted_sum
@@ -36,11 +42,12 @@ def save_active(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         The directory.
 
     Raises:
-        AdapterError: None acts, one of them has no update that adds up or trains modules in full, or nothing
-            is left of them together.
+        AdapterError: None acts, one is merged into the weights, one of them has no update that adds up or
+            trains modules in full, or nothing is left of them together.
         StorageError: The place cannot be written; what was there is untouched.
     """
     place = directory_of(directory, "directory")
+    refuse_merged(model)
     active = active_weights(model)
     if not active:
         raise AdapterError("no adapter acts", where="model", fix="graft.set_active(model, names) first")

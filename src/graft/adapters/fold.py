@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from graft.adapters.adapted import AdaptedLayer, SavedModule, unwrapped
 from graft.adapters.attach import detach
-from graft.adapters.attached import active_weights, adapter, adapter_modules, stays_tied
+from graft.adapters.attached import active_weights, adapter, adapter_modules, refuse_merged, stays_tied
 from graft.adapters.base import is_additive
 from graft.adapters.shipped import in_codes
-from graft.adapters.targets import base_layers, tied_pair
+from graft.adapters.targets import tied_pair
 from graft.errors import AdapterError
 from graft.models.layers import BaseLayer
 from graft.quant.linear import QuantizedLinear, quantized_modules
@@ -36,15 +36,14 @@ def merge_into(model: nn.Module, name: str = "default", *, codes: bool = False) 
         Whether embedding and output head were untied.
 
     Raises:
-        AdapterError: No such adapter, a layer under it is quantized, or another adapter there is measured
-            against the weight that would change.
+        AdapterError: No such adapter, one is merged in place, a layer under it is quantized, or another
+            adapter there is measured against the weight that would change.
     """
     known = adapter(model, name)
+    refuse_merged(model)
     modules = adapter_modules(model)
-    _refuse_quantized(modules, name)
+    refuse_unfoldable(modules, name, into_codes=True)
     packed = any(block_update(module, name) is not None for module in modules.values())
-    _refuse_new_bias(modules, name)
-    _refuse_beside(modules, name)
     weight = active_weights(model).get(name, 1.0)
     pair = tied_pair(model)
     touched = {*known.targets, *known.saved_modules}
@@ -64,16 +63,34 @@ def merge_into(model: nn.Module, name: str = "default", *, codes: bool = False) 
     return untie
 
 
-def _refuse_quantized(modules: dict[str, AdaptedLayer | SavedModule], name: str) -> None:
+def refuse_unfoldable(
+    modules: dict[str, AdaptedLayer | SavedModule], name: str, *, into_codes: bool = False
+) -> None:
+    """Refuse a fold that would not do what the adapter does.
+
+    Args:
+        modules: Those of the model that carry adapters.
+        name: The adapter.
+        into_codes: Whether quantized layers take an update that only moves the shifts of their blocks.
+
+    Raises:
+        AdapterError: A layer is quantized, or has no place for a bias, or carries another adapter that is
+            measured against the weight.
+    """
     for path, module in modules.items():
-        if not isinstance(module, AdaptedLayer) or name not in module.adapters:
-            continue
-        if module.base.quantized and block_update(module, name) is None:
-            raise AdapterError(
-                f"{path} is quantized: an adapter cannot be folded into codes without loss",
-                where=path,
-                fix="load the base without quantization, or use graft merge",
-            )
+        if isinstance(module, AdaptedLayer) and name in module.adapters:
+            if module.base.quantized and not (into_codes and block_update(module, name) is not None):
+                _refuse_quantized(path)
+            refuse_new_bias(path, module.base, module.adapters[name])
+    _refuse_beside(modules, name)
+
+
+def _refuse_quantized(path: str) -> NoReturn:
+    raise AdapterError(
+        f"{path} is quantized: an adapter cannot be folded into codes without loss",
+        where=path,
+        fix="load the base without quantization, or use graft merge",
+    )
 
 
 def block_update(module: nn.Module, name: str) -> Tensor | None:
@@ -93,14 +110,6 @@ def block_update(module: nn.Module, name: str) -> Tensor | None:
     return found
 
 
-def merges_into_codes(model: nn.Module, name: str) -> bool:
-    """Whether every layer of an adapter is quantized and takes its update into the shifts of its blocks."""
-    own = adapter(model, name)
-    modules = adapter_modules(model)
-    exact = all(block_update(modules[path], name) is not None for path in own.targets)
-    return exact and bool(own.targets)
-
-
 def _store_alike(model: nn.Module) -> None:
     """Give all quantized layers constants in float32, as those have whose shifts moved."""
     for path, layer in quantized_modules(model).items():
@@ -110,17 +119,23 @@ def _store_alike(model: nn.Module) -> None:
             model.set_submodule(path, made.train(layer.training))
 
 
-def _refuse_new_bias(modules: dict[str, AdaptedLayer | SavedModule], name: str) -> None:
-    for path, module in modules.items():
-        if isinstance(module, SavedModule) or name not in module.adapters or module.base.bias is not None:
-            continue
-        layer: Any = module.adapters[name]
-        if hasattr(layer, "merged_bias") and layer.merged_bias(module.base, None) is not None:
-            raise AdapterError(
-                f"{path} has no bias that the bias of lora_B could be folded into",
-                where=path,
-                fix="use the adapter as it is, or train it without adapter.lora_bias",
-            )
+def refuse_new_bias(path: str, base: BaseLayer, layer: Any) -> None:
+    """Refuse a bias that the layer below has no place for.
+
+    Args:
+        path: Of the layer.
+        base: The layer below.
+        layer: Of the adapter.
+
+    Raises:
+        AdapterError: That is so.
+    """
+    if base.bias is None and hasattr(layer, "merged_bias") and layer.merged_bias(base, None) is not None:
+        raise AdapterError(
+            f"{path} has no bias that the bias of lora_B could be folded into",
+            where=path,
+            fix="use the adapter as it is, or train it without adapter.lora_bias",
+        )
 
 
 def _refuse_beside(modules: dict[str, AdaptedLayer | SavedModule], name: str) -> None:
@@ -147,17 +162,27 @@ def _fold_layer(module: AdaptedLayer, name: str, factor: float, *, codes: bool) 
     if moved is not None:
         module.base_layer = base.shifted(factor * moved)
         return
-    if factor != 1:  # additive: its update alone, which knows no base weight and no bias
-        weight = base.dense_weight()
-        change = layer.merged_weight(base, torch.zeros_like(weight))
-        base.replace_weight(torch.add(weight, change, alpha=factor))
-        return
-    bias = base.bias
-    merged = layer.merged_bias(base, bias) if hasattr(layer, "merged_bias") else None
-    base.replace_weight(layer.merged_weight(base, base.dense_weight()))
-    if bias is not None and merged is not None:
+    weight, bias = folded(base, layer, factor)
+    base.replace_weight(weight)
+    if bias is not None and base.bias is not None:
         with torch.no_grad():
-            bias.copy_(merged)
+            base.bias.copy_(bias)
+
+
+def folded(base: BaseLayer, layer: Any, factor: float = 1.0) -> tuple[Tensor, Tensor | None]:
+    """Weight (out, in) and bias with a layer of an adapter folded in, fp32; no bias where it stays.
+
+    Args:
+        base: The layer below.
+        layer: Of the adapter; additive where the factor is not one.
+        factor: On its update.
+    """
+    weight = base.dense_weight()
+    if factor != 1:  # its update alone, which knows no base weight and no bias
+        change = layer.merged_weight(base, torch.zeros_like(weight))
+        return torch.add(weight, change, alpha=factor), None
+    bias = layer.merged_bias(base, base.bias) if hasattr(layer, "merged_bias") else None
+    return layer.merged_weight(base, weight), bias
 
 
 def _fold_copy(module: SavedModule, name: str) -> None:
@@ -175,17 +200,3 @@ def _untie(model: Any, head: str) -> None:
     weight: Tensor = module.weight
     module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     model.config.tie_word_embeddings = False
-
-
-def decode_from(quantized: nn.Module, dense: nn.Module) -> None:
-    """Give a dense model the weights that a quantized one computes with.
-
-    Args:
-        quantized: Some of its layers are quantized; it may carry adapters.
-        dense: The same base, dense and without adapters; changed in place.
-    """
-    for path, base in base_layers(quantized).items():
-        if base.quantized:
-            target = BaseLayer.of(dense.get_submodule(path))
-            assert target is not None, path
-            target.replace_weight(base.dense_weight())

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from graft.adapters.attach import install, selection_of
+from graft.adapters.attach import install
 from graft.adapters.factorize import rounding_factors
 from graft.adapters.lora import LoraConfig
 from graft.adapters.peft_format import save_adapter
 from graft.adapters.rounding_starts import LOFTQ_DIRECTORY, ROUNDS, Start
+from graft.adapters.selected import selection_of
 from graft.adapters.starts import Starts, check_targets
 from graft.adapters.targets import select_targets
 from graft.dialects import explained

@@ -40,9 +40,8 @@ class LoraBiasLinear(LoraLinear):
     ) -> None:
         super().__init__(in_features, out_features, rank, scaling, dropout)
         zeros = torch.zeros(out_features, dtype=torch.float32) if lora_bias else None
-        own = None if base_bias is None else base_bias.detach().float().cpu().clone()
         self.lora_B_bias = None if zeros is None else nn.Parameter(zeros)  # noqa: N815 - the tensor's name
-        self.bias = None if own is None else nn.Parameter(own)
+        self.bias = None if base_bias is None else nn.Parameter(_started(base_bias))
 
     @property
     def num_parameters(self) -> int:
@@ -105,6 +104,12 @@ class LoraBiasLinear(LoraLinear):
         """Whether the update is zero and the bias is the base's."""
         acts = bool(self.lora_A.any()) and bool(self.lora_B.any())
         return not acts and not bool(self._shift(base).any())
+
+
+def _started(bias: Tensor) -> Tensor:
+    if bias.is_meta:  # it is filled from a file
+        return torch.zeros(bias.shape)
+    return bias.detach().float().cpu().clone()
 
 
 class LoraBaseBiasLinear(LoraBiasLinear):

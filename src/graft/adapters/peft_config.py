@@ -224,9 +224,18 @@ def write_settings(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
         "base_model_name_or_path": getattr(model, "graft_name", None),
         "revision": getattr(model, "graft_revision", None),
         "inference_mode": True,
-        **{name: value for name, value in placement.items() if name not in dialect.lacks},
+        **{
+            name: value
+            for name, value in placement.items()
+            if name not in dialect.lacks or _is_ours(name, value)
+        },
         **dialect.write(config, {path: config.at(path) for path in adapter.targets}, chosen),
     }
+
+
+def _is_ours(name: str, value: object) -> bool:
+    # PEFT's trainable tokens know no modules beside them; without the names ours could not be read again.
+    return name == "modules_to_save" and bool(value)
 
 
 def method_written(raw: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from graft.adapters.attached import (
     adapter,
     adapter_tensors,
     adapters_of,
+    refuse_merged,
     set_active,
     trained_tensors,
 )
@@ -26,21 +27,19 @@ from graft.adapters.base import method_of, ships_quantized
 from graft.adapters.effect import adapted_layers, idle_layers
 from graft.adapters.foreign_files import is_foreign
 from graft.adapters.peft_config import (
-    check_training,
     directory_of,
     method_written,
     own_settings,
     write_settings,
 )
 from graft.adapters.peft_join import join_experts, joined_settings
-from graft.adapters.peft_open import CONFIG, check_task, describe, open_adapter, restored
-from graft.adapters.peft_tensors import WEIGHTS, check_base_copy, check_finite, full_name, read_tensors
+from graft.adapters.peft_open import CONFIG, read_adapter
+from graft.adapters.peft_tensors import WEIGHTS, base_tensor, check_base_copy, check_finite, full_name
 from graft.adapters.plain import plain_form
 from graft.adapters.side_file import (
     FILE,
     SideFile,
     base_fingerprint,
-    check_base,
     settings_digest,
     tensors_digest,
 )
@@ -74,10 +73,12 @@ def save_adapter(
         The directory.
 
     Raises:
-        AdapterError: No such adapter, it acts with a weight, or one of its tensors is not finite.
+        AdapterError: No such adapter, it acts with a weight, one is merged into the weights, or a tensor is
+            not finite.
         StorageError: The place cannot be written; what was there is untouched.
     """
     directory = directory_of(directory, "directory")
+    refuse_merged(model)
     known = adapter(model, name)
     _refuse_weighted(model, name)
     written, own, stacks = join_experts(model, *_stored(model, known))
@@ -198,17 +199,12 @@ def load_adapter(
         return load_foreign_adapter(model, directory, name, trainable=trainable)
     name = name or free_name(model, directory)
     check_name(model, name)
-    told = describe(directory)
-    check_training(directory / CONFIG, told.settings.only_used if trainable else ())
-    side = told.side
-    check_task(model, told)
-    forced, notes = check_base(model, side, directory, force=force_base)
-    opened = open_adapter(model, told)
-    settings = opened.settings
-    values = read_tensors(opened.stored, side, directory / WEIGHTS, opened.saved)
-    for key in opened.copies:
-        check_base_copy(model, key, values.pop(key), directory / WEIGHTS)
-    values = restored(model, settings, values, directory / WEIGHTS)
+    stored = read_adapter(model, directory, force_base=force_base, trainable=trainable)
+    settings, values, side = stored.settings, stored.values, stored.side
+    for key, value in stored.copies.items():
+        own = base_tensor(model, key)
+        assert own is not None
+        check_base_copy(own, key, value, directory / WEIGHTS)
     before = active_weights(model)
     made = install(model, settings.config, settings.selection, name, seed=None, strict=False)
     with torch.no_grad():
@@ -218,9 +214,9 @@ def load_adapter(
     made.trainable = trainable
     for tensor in trained_tensors(model, name).values():
         tensor.requires_grad_(trainable)
-    made.forced_base = forced or (side is not None and side.forced_base)
+    made.forced_base = stored.forced or (side is not None and side.forced_base)
     made.facts = dict(side.facts) if side is not None else {}
-    made.notes += [*notes, *settings.notes]
+    made.notes += stored.notes
     if not trainable:
         check_effect(model, made, before, directory / WEIGHTS)
     here = getattr(model, "graft_name", None)

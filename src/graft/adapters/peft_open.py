@@ -11,12 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from graft.adapters.adapted import unwrapped
-from graft.adapters.attach import refuse_kinds
 from graft.adapters.base import method_of
-from graft.adapters.peft_config import SEQUENCE_CLASSIFICATION, PeftSettings, read_settings
+from graft.adapters.peft_config import (
+    SEQUENCE_CLASSIFICATION,
+    PeftSettings,
+    check_training,
+    read_settings,
+)
 from graft.adapters.peft_stacks import current_names, split_stacks
-from graft.adapters.peft_tensors import WEIGHTS, full_name, match, open_weights
-from graft.adapters.side_file import FILE, SideFile, read_side_file, settings_digest
+from graft.adapters.peft_tensors import WEIGHTS, full_name, match, open_weights, read_tensors
+from graft.adapters.selected import refuse_kinds
+from graft.adapters.side_file import FILE, SideFile, check_base, read_side_file, settings_digest
 from graft.adapters.targets import (
     Selection,
     refuse_quantized,
@@ -87,6 +92,58 @@ def describe(directory: Path) -> Description:
             fix=f"restore it, or remove {FILE} if you mean the change; the base is then not checked",
         )
     return Description(directory, settings, raw, side)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredAdapter:
+    """An adapter directory that was read and fits a model; the model does not carry it."""
+
+    directory: Path
+    settings: PeftSettings
+    """With full paths for what it selects."""
+    values: dict[str, Tensor]
+    """Its tensors by their keys, as its layers hold them; each one that the settings ask for is there."""
+    copies: dict[str, Tensor]
+    """Base weights that the file repeats, by their keys; see `check_base_copy`."""
+    side: SideFile | None
+    forced: bool
+    """Whether the model is another base than the one it was trained on."""
+    notes: tuple[str, ...]
+    """What its user should know."""
+
+
+def read_adapter(
+    model: nn.Module, directory: Path, *, force_base: bool = False, trainable: bool = False
+) -> StoredAdapter:
+    """Read an adapter directory for a model, which stays as it is; its parameters may be on the meta device.
+
+    Args:
+        model: The base model, with or without other adapters.
+        directory: In PEFT's format.
+        force_base: Accept a base other than the one that it was trained on.
+        trainable: Whether it is to be trained further.
+
+    Raises:
+        AdapterError: The files are missing, damaged, hold NaN, do not fit the model or use an option that is
+            not supported; file and tensor are named.
+        FingerprintError: The adapter belongs to another base.
+    """
+    told, file = describe(directory), directory / WEIGHTS
+    check_training(directory / CONFIG, told.settings.only_used if trainable else ())
+    check_task(model, told)
+    forced, notes = check_base(model, told.side, directory, force=force_base)
+    opened = open_adapter(model, told)
+    values = read_tensors(opened.stored, told.side, file, opened.saved)
+    copies = {key: values.pop(key) for key in opened.copies}
+    return StoredAdapter(
+        directory=directory,
+        settings=opened.settings,
+        values=restored(model, opened.settings, values, file),
+        copies=copies,
+        side=told.side,
+        forced=forced,
+        notes=(*notes, *opened.settings.notes),
+    )
 
 
 def check_task(model: nn.Module, told: Description) -> None:

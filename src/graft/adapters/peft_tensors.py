@@ -82,7 +82,7 @@ def match(
             fix=fix,
         )
     extra = [key for key in stored if key not in expected]
-    unknown = [key for key in extra if _base_tensor(model, key) is None]
+    unknown = [key for key in extra if base_tensor(model, key) is None]
     if unknown:
         raise AdapterError(
             f"{len(unknown)} tensors have no place in the model; the first is {full_name(unknown[0])!r}",
@@ -99,7 +99,7 @@ def match(
     return extra
 
 
-def _base_tensor(model: nn.Module, key: str) -> Tensor | None:
+def base_tensor(model: nn.Module, key: str) -> Tensor | None:
     """The base's own tensor that a key repeats: PEFT adds those of embeddings and heads that it targets."""
     path, _, leaf = key.rpartition(".")
     try:
@@ -109,14 +109,18 @@ def _base_tensor(model: nn.Module, key: str) -> Tensor | None:
     return dict(module.named_parameters(recurse=False)).get(leaf)
 
 
-def check_base_copy(model: nn.Module, key: str, value: Tensor, file: Path) -> None:
+def check_base_copy(own: Tensor, key: str, value: Tensor, file: Path) -> None:
     """Check that a base weight in an adapter file is this base's.
+
+    Args:
+        own: The base's.
+        key: Of the tensor in the file.
+        value: What the file has.
+        file: The file, for errors.
 
     Raises:
         AdapterError: It differs.
     """
-    own = _base_tensor(model, key)
-    assert own is not None
     coarse = min(own.dtype, value.dtype, key=lambda dtype: (dtype.itemsize, dtype == torch.bfloat16))
     if own.shape != value.shape or not torch.equal(own.detach().cpu().to(coarse), value.to(coarse)):
         raise AdapterError(

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from graft.adapters.attached import Adapter
 from graft.adapters.base import AdapterConfig, method_of, ships_quantized
-from graft.adapters.targets import base_layers, output_head
+from graft.adapters.targets import output_head
 from graft.errors import TargetError
 from graft.models.layers import BaseLayer
-from graft.quant.config import QuantizationConfig
 from graft.quant.linear import QuantizedLinear
 
 
@@ -46,29 +43,6 @@ def refuse_unquantizable(model: nn.Module, config: AdapterConfig, targets: Mappi
             )
 
 
-def shipped_as(model: nn.Module, adapter: Adapter) -> QuantizationConfig | None:
-    """How a merged model is stored that computes as the live one: exactly the adapter's layers quantized.
-
-    Args:
-        model: The model that carries it.
-        adapter: The adapter.
-
-    Returns:
-        The settings, with the other linears in skip_modules; None for an adapter of another method.
-    """
-    config: Any = adapter.config
-    if not ships_quantized(method_of(config)) or not adapter.targets:
-        return None
-    settings: QuantizationConfig = config.quantization
-    head = output_head(model)
-    dense = [
-        path
-        for path, base in base_layers(model).items()
-        if base.kind != "embedding" and base.module is not head and path not in adapter.targets
-    ]
-    return replace(settings, skip_modules=_endings(dense, adapter.targets))
-
-
 def in_codes(base: BaseLayer, layer: Any) -> QuantizedLinear:
     """The quantized layer that an adapter's layer computes as; it shares the bias.
 
@@ -80,7 +54,7 @@ def in_codes(base: BaseLayer, layer: Any) -> QuantizedLinear:
     return QuantizedLinear.from_quantized(layer.quantized_weight(base, weight), base.bias, weight.dtype)
 
 
-def _endings(dense: Sequence[str], targets: Sequence[str]) -> tuple[str, ...]:
+def endings(dense: Sequence[str], targets: Collection[str]) -> tuple[str, ...]:
     """The fewest names and paths whose endings are those of all dense linears and of no target."""
     taken = {path.rpartition(".")[2] for path in targets}
     short = {path: path.rpartition(".")[2] for path in dense}

@@ -189,8 +189,12 @@ def _merge(out: Path) -> dict[str, Any]:
     for note in report.notes:
         answer.note(note)
     answer.note(f"merged into the {report.folded_into} weights: {out / 'merged'}")
-    fields = dataclasses.asdict(report)
-    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+    return report.to_dict()
+
+
+def _plain(merged: dict[str, Any]) -> dict[str, Any]:
+    """Of a merge's report what fits in a line each."""
+    return {name: value for name, value in merged.items() if isinstance(value, str | int | float)}
 
 
 def _figures(result: Result) -> dict[str, Any]:
@@ -245,7 +249,7 @@ def _write_page(
                 names=["base", *(result.method for result in results)],
                 samples=[Sample(prompt=p, reference=w, answers=said) for p, w, *said in samples],
             ),
-            Facts(title="The merged QLoRA adapter", facts={n: v for n, v in merged.items() if v is not None}),
+            Facts(title="The merged QLoRA adapter", facts=_plain(merged)),
         ],
         title="graft demo",
         subtitle="One base, one task, the same data and steps: full fine-tuning, LoRA and QLoRA",

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.cli import answer
+from graft.data.formats import CHAT_FORMATS
 from graft.errors import ConfigError
 from graft.models.load import BaseModel
 
 if TYPE_CHECKING:
     from graft.data.masking import Encoder
-
-CHAT_FORMATS = ("messages", "alpaca", "sharegpt", "mixed", "preference_chat")
-"""Data formats that are rendered with the chat template where there is one."""
 
 
 @dataclass

@@ -24,6 +24,7 @@ from graft.data.sources import Row
 from graft.errors import DataError
 
 __all__ = [
+    "CHAT_FORMATS",
     "Conversation",
     "Detected",
     "Example",
@@ -37,6 +38,9 @@ __all__ = [
 
 PROMPTS = ("prompt", "question", "query", "input")
 COMPLETIONS = ("completion", "response", "answer", "output")
+CHAT_FORMATS = ("messages", "alpaca", "sharegpt", "mixed", "preference_chat")
+"""Data formats that are rendered with the chat template where there is one."""
+
 _LOOKED_AT = 100
 _USED = {
     "text": ("text",),

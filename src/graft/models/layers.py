@@ -166,9 +166,13 @@ class BaseLayer:
         assert not self.quantized, "a quantized weight is written by quantizing a new layer"
         assert weight.shape == (self.out_features, self.in_features), tuple(weight.shape)
         with torch.no_grad():
-            if self.kind == "conv2d":
-                weight = weight.view_as(self._weight)
-            self._weight.copy_(weight if self.kind in ("linear", "conv2d") else weight.t())
+            self._weight.copy_(self.laid_out(weight))
+
+    def laid_out(self, weight: Tensor) -> Tensor:
+        """A weight `(out_features, in_features)` in the module's own layout."""
+        if self.kind == "conv2d":
+            return weight.reshape(self._weight.shape)
+        return weight if self.kind == "linear" else weight.t()
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """What the layer would put out with another weight and no bias; differentiable, not for embeddings.

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from graft.config import closest
 from graft.dialects import explained
-from graft.errors import ModelError, QuantError
-from graft.models.architecture import build_empty, read_config
+from graft.errors import ModelError
+from graft.models.architecture import read_config
 from graft.models.attention import prefer_attention
-from graft.models.expert_files import split_fills
-from graft.models.experts import split_experts, unknown_stacks
+from graft.models.contents import Contents
+from graft.models.experts import split_experts
+from graft.models.filler import Filler
 from graft.models.fingerprint import (
     Fingerprint,
     chat_template_digest,
@@ -32,24 +32,16 @@ from graft.models.fingerprint import (
 )
 from graft.models.foreign import foreign_digest, load_foreign
 from graft.models.keys import (
-    Fill,
     check_complete,
-    check_finite,
-    check_packed,
-    check_sources,
-    named_fills,
-    plan_fills,
 )
 from graft.models.locate import resolve, rooted_name
-from graft.models.packed import OWN_METHODS, PackedTensor, agree, open_packed, original_weights, stored_method
+from graft.models.packed import OWN_METHODS, agree, open_packed, original_weights, stored_method
 from graft.models.save import guard_save_pretrained
 from graft.models.shards import StoredTensor
 from graft.models.stream import Progress, TensorStream, spare_core
 from graft.models.tokenizer import load_tokenizer
 from graft.models.wide_layers import widen
 from graft.quant.config import QuantizationConfig
-from graft.quant.linear import QuantizedLinear
-from graft.quant.tensor import QuantizedTensor
 
 __all__ = ["BaseModel", "load", "load_tokenizer", "random_model", "resolve"]
 
@@ -114,27 +106,18 @@ def load(
     Cost: the memory of the finished model plus one tensor as stored; each byte is read once.
     """
     path = resolve(name, revision)
-    config = read_config(path)
+    read_config(path)  # which tells what is wrong with it before anything else does
     if stored_method(path) not in ("", *OWN_METHODS):
         return _load_foreign(name, path, _quantization(quantization), dtype, revision, device, progress)
     stored = open_packed(path)
     settings = agree(_quantization(quantization), stored, path)
     wanted = _dtype(dtype, stored)
     tokenizer = load_tokenizer(path)
-    model = build_empty(config, wanted, path)
-    to_quantize = None if any(isinstance(tensor, PackedTensor) for tensor in stored) else settings
-    own = stored_method(path) == "graft"
-    fills = [] if own else plan_fills(model, stored)
-    layouts = split_experts(model)
-    fills = named_fills(model, stored) if own else split_fills(fills, layouts, stored)
-    filler = _Filler(model, to_quantize, wanted, torch.device(device or "cpu"))
-    check_sources(fills, filler.expected)
-    names = [fill.targets for fill in fills]
-    if None not in names:  # else only what was converted tells them
-        known = [name for targets in names if targets is not None for name in targets]
-        check_complete(model, filler.expected, known, stored, path)
-    ordered = list(_in_order(fills))
-    with spare_core(), TensorStream(ordered, filler.passing(fills), progress) as stream:
+    contents = Contents.of(path, wanted, stored)
+    model, fills = contents.model, contents.fills
+    to_quantize = None if contents.is_packed else settings
+    filler = Filler(model, to_quantize, wanted, torch.device(device or "cpu"))
+    with spare_core(), TensorStream(contents.sources(), filler.passing(fills), progress) as stream:
         filler.fill(fills, stream)
         weights = original_weights(path, stream.digest())
     check_complete(model, filler.expected, filler.filled, stored, path)
@@ -239,154 +222,3 @@ def _dtype(value: torch.dtype | str | None, stored: Iterable[StoredTensor]) -> t
             fix=f"did you mean {near!r}?" if near else f"one of: {', '.join(DTYPES)}",
         )
     return DTYPES[text]
-
-
-def _in_order(fills: list[Fill]) -> Iterator[StoredTensor]:
-    for fill in fills:
-        for source in fill.in_order():
-            yield from source.parts if isinstance(source, PackedTensor) else (source,)
-
-
-class _Filler:
-    """Puts tensors into an empty model, quantizing those of linears."""
-
-    def __init__(
-        self, model: Any, quantization: QuantizationConfig | None, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.model = model
-        self.quantization = quantization
-        self.dtype = dtype
-        self.device = device
-        self.filled: set[str] = set()
-        self.expected: dict[str, Tensor] = dict(model.state_dict())
-        self._quantized = set() if quantization is None else set(select_linears(model, quantization))
-
-    def passing(self, fills: list[Fill]) -> frozenset[str]:
-        """Names of stored tensors of which nothing is kept but what is made of them."""
-        return frozenset(source.name for fill in fills if self._passes(fill) for source in fill.sources)
-
-    def _passes(self, fill: Fill) -> bool:
-        targets, source = fill.targets, fill.sources[0]
-        if targets is None or isinstance(source, PackedTensor):
-            return False
-        changes = source.dtype.is_floating_point and source.dtype not in {
-            self.expected[name].dtype for name in targets
-        }
-        return changes or all(map(self._is_quantized, targets))
-
-    def _is_quantized(self, name: str) -> bool:
-        return name.endswith(".weight") and name.removesuffix(".weight") in self._quantized
-
-    def fill(self, fills: list[Fill], stream: TensorStream) -> None:
-        def read(source: StoredTensor) -> Any:
-            if isinstance(source, PackedTensor):
-                return source.assemble(read)
-            tensor = stream.read(source)
-            if not quantized:  # else its scales tell
-                check_finite(tensor, source)
-            return tensor
-
-        for fill in fills:
-            targets = fill.targets
-            quantized = targets is not None and all(map(self._is_quantized, targets))
-            for name, tensor in fill.realize(read, self.model).items():
-                self._place(name, tensor, fill)
-
-    def _place(self, name: str, tensor: Any, fill: Fill) -> None:
-        path, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        self.filled.add(name)
-        if isinstance(tensor, QuantizedTensor):
-            self.model.set_submodule(path, self._packed(module, tensor.to(self.device), fill))
-            return
-        if self._is_quantized(name):
-            self.model.set_submodule(path, self._quantize(name, module, tensor, fill))
-            return
-        old = getattr(module, leaf)
-        if old.shape != tensor.shape:
-            raise ModelError(
-                f"the shape of {name!r} is {list(tensor.shape)}, config.json makes it {list(old.shape)}",
-                where=fill.sources[0].where,
-                fix="use the config.json and the weights of one and the same model",
-            )
-        dtype = self.expected[name].dtype if tensor.is_floating_point() else tensor.dtype
-        value = tensor.to(self.device, dtype)
-        if dtype == torch.float16 != tensor.dtype:
-            check_finite(value, fill.sources[0], "too large for float16")
-        setattr(module, leaf, nn.Parameter(value) if isinstance(old, nn.Parameter) else value)
-
-    def _quantize(self, name: str, module: nn.Module, weight: Tensor, fill: Fill) -> nn.Module:
-        from transformers.pytorch_utils import Conv1D
-
-        assert self.quantization is not None
-        if isinstance(module, Conv1D):
-            weight = weight.t().contiguous()
-        if weight.dtype not in DTYPES.values():
-            weight = weight.to(torch.float32)
-        try:
-            made = QuantizedLinear.from_weight(
-                weight.to(self.device), None, self.quantization, self.dtype, where=name
-            )
-        except QuantError as error:
-            check_finite(weight, fill.sources[0])
-            raise ModelError(error.what, where=fill.sources[0].where, fix=error.fix) from error
-        return self._in_place_of(module, made)
-
-    def _packed(self, module: nn.Module, weight: QuantizedTensor, fill: Fill) -> nn.Module:
-        check_packed(module, weight.shape, fill)
-        return self._in_place_of(module, QuantizedLinear.from_quantized(weight, None, self.dtype))
-
-    @staticmethod
-    def _in_place_of(module: nn.Module, made: QuantizedLinear) -> nn.Module:
-        if module.bias is not None:
-            assert isinstance(module.bias, nn.Parameter)
-            made.bias = module.bias  # still empty where its own tensor comes later
-        made.train(module.training)
-        return made
-
-    def finish(self) -> None:
-        """Tie what is tied, as the checkpoint has it, and move what was computed instead of read."""
-        missing = set(self.expected) - self.filled
-        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
-        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        if self.model.config.tie_word_embeddings and head.weight is not embedding.weight:
-            self.model.config.tie_word_embeddings = False  # the files hold two matrices that differ
-        self.model.to(self.device)
-
-
-def select_linears(model: Any, quantization: QuantizationConfig) -> list[str]:
-    """Paths of the layers that a quantization applies to: all linears but the output head and skipped ones.
-
-    Raises:
-        ModelError: A name in skip_modules, or the quantization as a whole, has nothing to act on.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    head = model.get_output_embeddings()
-    linears = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-    ]
-    for skip in quantization.skip_modules:
-        if not any(_ends_with(path, skip) for path in linears):
-            near = closest(skip, {part for path in linears for part in path.split(".")})
-            raise ModelError(
-                f"skip_modules {skip!r} matches no linear of {type(model).__name__}",
-                where="quantization.skip_modules",
-                fix=f"did you mean {near!r}?" if near else "leave it out",
-            )
-    fused = unknown_stacks(model)
-    if fused or not linears:
-        raise ModelError(
-            f"{type(model).__name__} keeps its experts in a layout that graft cannot take apart: {fused[0]!r}"
-            if fused
-            else f"{type(model).__name__} has no linears",
-            where="quantization",
-            fix="load it without quantization",
-        )
-    return [path for path in linears if not any(_ends_with(path, skip) for skip in quantization.skip_modules)]
-
-
-def _ends_with(path: str, suffix: str) -> bool:
-    return path == suffix or path.endswith(f".{suffix}")

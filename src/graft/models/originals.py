@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from graft.errors import ModelError
-from graft.models.architecture import build_empty, read_config
-from graft.models.expert_files import split_fills
-from graft.models.experts import split_experts
-from graft.models.keys import Fill, plan_fills
+from graft.models.contents import Contents
+from graft.models.keys import Fill
 from graft.models.locate import resolve
 from graft.models.packed import stored_method
-from graft.models.shards import open_checkpoint
 
 
 def original_weights_of(model: Any, paths: Collection[str]) -> Iterator[tuple[str, Tensor]]:
@@ -47,14 +44,11 @@ def original_weights_of(model: Any, paths: Collection[str]) -> Iterator[tuple[st
             where=str(path),
             fix="give the dense model with quantization=",
         )
-    stored = open_checkpoint(path)
-    twin = build_empty(read_config(path), torch.float32, path)
-    fills = plan_fills(twin, stored)
-    fills = split_fills(fills, split_experts(twin), stored)
+    contents = Contents.of(path, torch.float32)
     wanted = {f"{path}.weight" for path in paths}
-    for fill in fills:
+    for fill in contents.fills:
         if not wanted.isdisjoint(fill.targets or wanted):
-            yield from _weights(fill, twin, wanted)
+            yield from _weights(fill, contents.model, wanted)
 
 
 def _weights(fill: Fill, twin: Any, wanted: Collection[str]) -> Iterator[tuple[str, Tensor]]:

@@ -17,16 +17,14 @@ from graft.dialects import explained
 from graft.errors import ConfigError, ModelError, QuantError, StorageError
 from graft.files import new_directory, read_json, write_json
 from graft.models import bitsandbytes_files, graft_files
-from graft.models.architecture import build_empty, read_config
-from graft.models.expert_files import split_fills
-from graft.models.experts import split_experts
+from graft.models.contents import Contents
+from graft.models.filler import select_linears
 from graft.models.fingerprint import WeightsDigest
-from graft.models.keys import Fill, check_complete, check_finite, check_sources, plan_fills
-from graft.models.load import select_linears
+from graft.models.keys import check_finite
 from graft.models.locate import BUILTIN, resolve, rooted_name
-from graft.models.packed import SOURCE, stored_method
+from graft.models.packed import SOURCE, open_packed, stored_method
 from graft.models.save import HEADER_BYTES, MAX_SHARD_BYTES, write_shards
-from graft.models.shards import StoredTensor, open_checkpoint
+from graft.models.shards import StoredTensor
 from graft.models.stream import TensorStream
 from graft.quant.config import QuantizationConfig
 from graft.quant.layout import FLOATS
@@ -157,29 +155,30 @@ def quantize(
         )
     out = Path(out)
     check_place(out, path, overwrite)
-    plan = _Plan.of(path, settings, rounding)
+    stored = open_packed(path)
+    plan = QuantizedPlan.of(Contents.of(path, _main_dtype(stored), stored), settings, rounding)
     source = os.fspath(name) if os.fspath(name) == BUILTIN else rooted_name(name)
     report = QuantizedDirectory(
         directory=out,
         base=source,
         layout=plan.layout,
         quantization=settings,
-        source_bytes=sum(tensor.nbytes for tensor in plan.stored),
-        num_parameters=sum(tensor.numel() for tensor in plan.model.parameters()),
+        source_bytes=sum(tensor.nbytes for tensor in stored),
+        num_parameters=sum(tensor.numel() for tensor in plan.contents.model.parameters()),
         notes=tuple(plan.notes()),
     )
     digest = WeightsDigest()
     with new_directory(out, replace=out.exists()) as partial:
-        with TensorStream(plan.sources(), plan.passing(), progress) as stream:
+        with TensorStream(plan.contents.sources(), plan.passing(), progress) as stream:
             tensors = plan.tensors(stream.read, report)
             write_shards(tensors, partial, max_shard_bytes, digest, plan.header_bytes())
             report.source_weights = stream.digest()
-        report.companions = tuple(_copy_companions(path, partial))
+        report.companions = tuple(copy_companions(path, partial))
         report.weights = digest.hexdigest()
         digests = {"weights": report.source_weights, "stored": report.weights}
         source_digests = {SOURCE: digests} if rounding is None else {}
         raw = read_json(path / "config.json")
-        quantization = {"quantization_config": {**plan.described(), **source_digests}}
+        quantization = {"quantization_config": {**plan.described(_main_dtype(stored)), **source_digests}}
         write_json(partial / "config.json", {**raw, **quantization})
     report.num_bytes = report.quantized_bytes + report.dense_bytes
     return report
@@ -224,65 +223,68 @@ def check_place(out: Path, source: Path, overwrite: bool) -> None:
         )
 
 
-@dataclass
-class _Plan:
-    """What is read in which order, and what becomes of it."""
+@dataclass(frozen=True)
+class QuantizedPlan:
+    """Which linears of a model become quantized, and in which layout they are written."""
 
-    model: Any
-    stored: list[StoredTensor]
-    fills: list[Fill]
+    contents: Contents
+    settings: QuantizationConfig
     targets: frozenset[str]
     """Paths of the linears to quantize."""
     layout: str
-    settings: QuantizationConfig
-    rounding: Rounding | None
+    """bitsandbytes or graft."""
+    rounding: Rounding | None = None
+    """What quantizes in place of the plain way."""
 
-    @staticmethod
-    def of(path: Path, settings: QuantizationConfig, rounding: Rounding | None) -> _Plan:
-        stored = open_checkpoint(path)
-        model = build_empty(read_config(path), _main_dtype(stored), path)
-        fills = plan_fills(model, stored)
-        layouts = split_experts(model)
-        fills = split_fills(fills, layouts, stored)
-        expected = model.state_dict()
-        check_sources(fills, expected)
-        known = [name for fill in fills for name in fill.targets or ()]
-        if all(fill.targets is not None for fill in fills):
-            check_complete(model, expected, known, stored, path)
-        targets = frozenset(select_linears(model, settings))
-        theirs = settings.quant_type in bitsandbytes_files.QUANT_TYPES and not layouts
-        layout = "bitsandbytes" if theirs else "graft"
-        return _Plan(model, stored, fills, targets, layout, settings, rounding)
+    @classmethod
+    def of(
+        cls, contents: Contents, settings: QuantizationConfig, rounding: Rounding | None = None
+    ) -> QuantizedPlan:
+        """Plan for a model.
 
-    def sources(self) -> list[StoredTensor]:
-        return [source for fill in self.fills for source in fill.in_order()]
+        Raises:
+            ModelError: skip_modules name nothing, or the model has no linears of its own.
+        """
+        targets = frozenset(select_linears(contents.model, settings))
+        theirs = settings.quant_type in bitsandbytes_files.QUANT_TYPES and not contents.has_experts
+        return cls(contents, settings, targets, "bitsandbytes" if theirs else "graft", rounding)
 
     def passing(self) -> frozenset[str]:
-        return frozenset(fill.sources[0].name for fill in self.fills if fill.converter is None)
+        """Names of stored tensors of which nothing is kept but what is made of them."""
+        return frozenset(fill.sources[0].name for fill in self.contents.fills if fill.converter is None)
 
     def tensors(
         self, read: Callable[[StoredTensor], Tensor], report: QuantizedDirectory
     ) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the new directory; counts them in the report."""
-        write = bitsandbytes_files if self.layout == "bitsandbytes" else graft_files
-        for fill in self.fills:
-            for name, tensor in fill.realize(read, self.model).items():
+        for fill in self.contents.fills:
+            for name, tensor in fill.realize(read, self.contents.model).items():
                 path = name.removesuffix(".weight")
                 if path == name or path not in self.targets:
                     check_finite(tensor, fill.sources[0])
                     report.dense_bytes += tensor.nbytes
                     yield name, tensor
                     continue
-                made = self._quantized(path, tensor, fill.sources[0])
+                made = self.quantized(path, tensor, fill.sources[0])
                 report.num_quantized += 1
                 report.num_weights += made.num_elements
                 report.quantized_bytes += made.nbytes
-                yield from write.tensors_of(name, made)
+                yield from self.parts(name, made)
 
-    def _quantized(self, path: str, weight: Tensor, source: StoredTensor) -> QuantizedTensor:
+    def parts(self, name: str, weight: QuantizedTensor) -> Iterator[tuple[str, Tensor]]:
+        """A quantized weight as the layout stores it."""
+        write = bitsandbytes_files if self.layout == "bitsandbytes" else graft_files
+        yield from write.tensors_of(name, weight)
+
+    def quantized(self, path: str, weight: Tensor, source: StoredTensor) -> QuantizedTensor:
+        """Quantize the weight of a linear, which is given in the layout of its module.
+
+        Raises:
+            ModelError: It is not finite.
+        """
         from transformers.pytorch_utils import Conv1D
 
-        if isinstance(self.model.get_submodule(path), Conv1D):
+        if isinstance(self.contents.model.get_submodule(path), Conv1D):
             weight = weight.t().contiguous()
         if weight.dtype not in FLOATS.values():
             weight = weight.to(torch.float32)
@@ -298,7 +300,7 @@ class _Plan:
         split = [
             path
             for path in sorted(self.targets)
-            if _num_inputs(self.model.get_submodule(path)) % self.settings.blocksize
+            if _num_inputs(self.contents.model.get_submodule(path)) % self.settings.blocksize
         ]
         if split and self.layout == "bitsandbytes":
             yield (
@@ -309,21 +311,21 @@ class _Plan:
 
     def header_bytes(self) -> int:
         """Room for the names of all tensors in one file, within reason."""
-        num_tensors = len(self.sources()) + _MOST_PARTS * len(self.targets)
+        num_tensors = sum(1 for _ in self.contents.sources()) + _MOST_PARTS * len(self.targets)
         return min(_MAX_HEADER_BYTES, max(HEADER_BYTES, 256 * num_tensors))
 
-    def described(self) -> dict[str, Any]:
+    def described(self, compute_dtype: torch.dtype) -> dict[str, Any]:
         """The quantization_config of the new directory."""
         if self.layout == "graft":
             return graft_files.config_of(self.settings)
-        return bitsandbytes_files.config_of(self.settings, _main_dtype(self.stored), self._dense())
+        return bitsandbytes_files.config_of(self.settings, compute_dtype, self._dense())
 
     def _dense(self) -> list[str]:
         from transformers.pytorch_utils import Conv1D
 
         return [
             path
-            for path, module in self.model.named_modules()
+            for path, module in self.contents.model.named_modules()
             if isinstance(module, nn.Linear | Conv1D) and path not in self.targets
         ]
 
@@ -341,7 +343,15 @@ def _main_dtype(stored: list[StoredTensor]) -> torch.dtype:
     return torch.float32 if max(sizes, key=lambda kind: sizes[kind]) == torch.float32 else torch.bfloat16
 
 
-def _copy_companions(source: Path, directory: Path) -> Iterator[str]:
+def copy_companions(source: Path, directory: Path) -> Iterator[str]:
+    """Carry over the files that go with a model.
+
+    Yields:
+        Their names.
+
+    Raises:
+        StorageError: One cannot be copied.
+    """
     found = {path for pattern in COMPANIONS for path in source.glob(pattern)}
     for path in sorted(path for path in found if path.is_file() and path.suffix != ".py"):
         try:

@@ -16,12 +16,10 @@ from torch import Tensor
 from graft.config import closest
 from graft.errors import ModelError
 from graft.files import new_directory, write_json
-from graft.models import bitsandbytes_files, graft_files
 from graft.models.expert_files import ExpertNames
 from graft.models.experts import split_experts
 from graft.models.fingerprint import Fingerprint, WeightsDigest, chat_template_digest, tokenizer_digest
 from graft.models.shards import DTYPES
-from graft.quant.config import QuantizationConfig
 from graft.quant.linear import QuantizedLinear
 
 MAX_SHARD_BYTES = 4 * 2**30
@@ -158,11 +156,16 @@ def save_tensors(  # noqa: PLR0913 - what a directory holds
         if generation_config is not None:
             generation_config.to_json_file(partial / "generation_config.json")
         if tokenizer is not None:
-            _save_tokenizer(tokenizer, partial)
+            save_tokenizer(tokenizer, partial)
     return Fingerprint(digest.hexdigest(), tokenizer_digest(tokenizer), chat_template_digest(tokenizer), "")
 
 
-def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Write a tokenizer with its chat template into a directory that is not published yet.
+
+    Raises:
+        OSError: The disk refused.
+    """
     try:
         tokenizer.save_pretrained(directory)
     except Exception as error:
@@ -173,15 +176,12 @@ def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def checkpoint_tensors(
-    model: Any, dtype: torch.dtype | None = None, *, packed: bool = False
-) -> Iterator[tuple[str, Tensor]]:
+def checkpoint_tensors(model: Any, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a model under their checkpoint names, quantized ones decoded, tied ones once.
 
     Args:
         model: A transformers model without adapters.
         dtype: Of the floating tensors; by default the model's own.
-        packed: Whether quantized ones are given as they are stored (`layout_of`).
 
     Yields:
         (name, tensor), in the order of the model.
@@ -189,15 +189,31 @@ def checkpoint_tensors(
     Raises:
         ModelError: The model has layers that are not its architecture's.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
     expected = empty_twin(model)
-    names = ExpertNames(expected)
     split_experts(expected)
     _check_names(model, expected)
-    for name, tensor in _own_tensors(model, expected, dtype or model.dtype, packed=packed):
-        if dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(dtype)
+    own = _own_tensors(model, expected, dtype or model.dtype)
+    if dtype is not None:
+        own = ((name, t.to(dtype) if t.is_floating_point() else t) for name, t in own)
+    yield from as_stored(model, own)
+
+
+def as_stored(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a model under the names, and in the stacks, that checkpoints of its architecture have.
+
+    Args:
+        model: Its experts are split; its parameters may be on the meta device.
+        tensors: Names in the model, and values.
+
+    Yields:
+        (name, tensor).
+
+    Cost: the memory of two stacks of experts, where checkpoints hold stacks.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    names = ExpertNames(empty_twin(model))
+    for name, tensor in tensors:
         if name in names:
             yield from names.stored(name, tensor)
         else:
@@ -210,12 +226,7 @@ def empty_twin(model: Any) -> Any:
         return type(model)(copy.deepcopy(model.config))
 
 
-def layout_of(config: QuantizationConfig) -> Any:
-    """How weights are stored that are quantized so: as bitsandbytes does, where it has the format."""
-    return bitsandbytes_files if config.quant_type in bitsandbytes_files.QUANT_TYPES else graft_files
-
-
-def _own_tensors(model: Any, twin: Any, dtype: torch.dtype, *, packed: bool) -> Iterator[tuple[str, Tensor]]:
+def _own_tensors(model: Any, twin: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     from transformers.pytorch_utils import Conv1D
 
     seen: set[int] = set()
@@ -223,14 +234,8 @@ def _own_tensors(model: Any, twin: Any, dtype: torch.dtype, *, packed: bool) -> 
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         if isinstance(module, QuantizedLinear):
-            if packed:
-                yield from layout_of(module.config).tensors_of(f"{prefix}weight", module.quantized_weight)
-            else:
-                weight = module.dense_weight(dtype)
-                yield (
-                    f"{prefix}weight",
-                    weight.t() if isinstance(twin.get_submodule(path), Conv1D) else weight,
-                )
+            weight = module.dense_weight(dtype)
+            yield f"{prefix}weight", weight.t() if isinstance(twin.get_submodule(path), Conv1D) else weight
             if module.bias is not None:
                 yield f"{prefix}bias", module.bias.detach()
             continue

@@ -10,15 +10,12 @@ import torch
 from torch import Tensor
 
 from graft.errors import ModelError
-from graft.models.architecture import build_empty, read_config
-from graft.models.expert_files import split_fills
-from graft.models.experts import split_experts
+from graft.models.contents import Contents
 from graft.models.fingerprint import WeightsDigest
-from graft.models.keys import Fill, check_finite, check_sources, named_fills, plan_fills
+from graft.models.keys import Fill
 from graft.models.layers import BaseLayer
 from graft.models.locate import resolve, rooted_name
-from graft.models.packed import OWN_METHODS, PackedTensor, open_packed, original_weights, stored_method
-from graft.models.shards import StoredTensor
+from graft.models.packed import OWN_METHODS, PackedTensor, original_weights, stored_method
 from graft.quant.tensor import QuantizedTensor
 
 Progress = Callable[[int, int], None]
@@ -46,18 +43,11 @@ class StoredBase:
                 where=str(self.path / "config.json"),
                 fix="give the dense model",
             )
-        self._stored = open_packed(self.path)
-        self.model: Any = build_empty(read_config(self.path), torch.float32, self.path)
-        fills = [] if method == "graft" else plan_fills(self.model, self._stored)
-        layouts = split_experts(self.model)
-        if method == "graft":
-            fills = named_fills(self.model, self._stored)
-        else:
-            fills = split_fills(fills, layouts, self._stored)
-        check_sources(fills, dict(self.model.state_dict()))
+        self._contents = Contents.of(self.path, torch.float32)
+        self.model: Any = self._contents.model
         self.model.graft_name = self.name
-        self._fills = {name: fill for fill in fills for name in fill.targets or ()}
-        self._converted = [fill for fill in fills if fill.targets is None]
+        self._fills = {name: fill for fill in self._contents.fills for name in fill.targets or ()}
+        self._converted = [fill for fill in self._contents.fills if fill.targets is None]
         self._latest: tuple[Fill, dict[str, Tensor]] | None = None
 
     def layer(self, path: str) -> BaseLayer | None:
@@ -111,7 +101,7 @@ class StoredBase:
         # A stack of experts is read once for all that are in it, as long as they are asked for in a row.
         if self._latest is None or self._latest[0] is not fill:
             self._latest = None
-            self._latest = fill, fill.realize(_read, self.model)
+            self._latest = fill, self._contents.read(fill, lambda source: source.load())
         return self._latest[1]
 
     def digest(self, progress: Progress | None = None) -> str:
@@ -126,19 +116,11 @@ class StoredBase:
         Cost: reads every tensor once, about a second per gigabyte.
         """
         digest, done = WeightsDigest(), 0
-        whole = sum(tensor.nbytes for tensor in self._stored)
-        for tensor in self._stored:
+        whole = sum(tensor.nbytes for tensor in self._contents.stored)
+        for tensor in self._contents.stored:
             for part in tensor.parts if isinstance(tensor, PackedTensor) else (tensor,):
                 digest.update(part.name, part.load())
             done += tensor.nbytes
             if progress is not None:
                 progress(done, whole)
         return original_weights(self.path, digest.hexdigest())
-
-
-def _read(source: StoredTensor) -> Any:
-    if isinstance(source, PackedTensor):
-        return source.assemble(lambda part: part.load())
-    tensor = source.load()
-    check_finite(tensor, source)
-    return tensor

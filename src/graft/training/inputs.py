@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.adapters.attach import install, selection_of
+from graft.adapters.attach import install
 from graft.adapters.attached import Adapter, num_base_parameters
 from graft.adapters.data_starts import IGNORED, Pass
+from graft.adapters.selected import selection_of
 from graft.adapters.settings import DATA, RANDOM
 from graft.adapters.starts import SUBTRACTED, stored_starts
 from graft.adapters.targets import select_targets

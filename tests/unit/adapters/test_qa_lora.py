@@ -110,14 +110,23 @@ def test_a_merged_directory_is_quantized_as_the_base_was(
     save_adapter(base.model, tmp_path / "a")
     report = merge(tmp_path / "a", tmp_path / "merged", base=base_dir, dtype="float32")
     assert report.folded_into == "quantized"
+    names = ["dequantized", "quantized", "requantized"]
+    assert [item.name for item in report.candidates] == (
+        names if stored else ["dense", *names, "requantized_dense"]
+    )
+    measured = report.candidate("quantized")
+    assert (measured.stored_as, measured.is_no_op) == ("int4", False)
+    assert measured.gap < 1e-5
+    assert measured.error < 1e-5 < report.candidate("requantized").error
+    assert set(measured.layers) == {f"{path}.weight" for path in adapters_of(base.model)["default"].targets}
     assert report.logit_gap < 1e-5 < report.adapter_effect
     assert any("same codes" in note for note in report.notes)
     again = models.load(tmp_path / "merged", dtype="float32")
     assert again.quantization == quantized("int4", double_quant=False)
     found = {path: layer.codes for path, layer in quantized_modules(again.model).items()}
-    names = {path.replace(".base_layer", ""): value for path, value in codes.items()}
-    assert found.keys() == names.keys()
-    assert all(torch.equal(found[path], names[path]) for path in found)
+    plain = {path.replace(".base_layer", ""): value for path, value in codes.items()}
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(found[path], plain[path]) for path in found)
     torch.testing.assert_close(logits(again.model), logits(base.model), atol=1e-5, rtol=1e-5)
     dense = merge(tmp_path / "a", tmp_path / "dense", base=base_dir, dtype="float32", from_quantized=True)
     assert dense.folded_into == "dequantized"
@@ -138,11 +147,12 @@ def test_elsewhere_it_merges_densely_and_says_so(
     model = made(tiny_dir("llama"), quantization, group_size=group_size)
     save_adapter(model, tmp_path / "a")
     report = merge(tmp_path / "a", tmp_path / "merged", base=tiny_dir("llama"), dtype="float32")
-    assert report.folded_into == "dense"
+    assert report.folded_into == ("dense" if quantization is None else "dequantized")
     assert any("only a base in int4, int3 or int2" in note for note in report.notes)
-    if quantization is None:
-        assert report.logit_gap < 1e-5
-    else:
+    assert report.logit_gap < 1e-5
+    with pytest.raises(AdapterError, match="only a base in int4, int3 or int2"):
+        merge(tmp_path / "a", tmp_path / "codes", base=tiny_dir("llama"), into="quantized")
+    if quantization is not None:
         with pytest.raises(AdapterError, match="cannot be folded into codes without loss"):
             merge_into(model)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -151,9 +152,8 @@ def test_merged_files_hold_the_codes_of_the_last_training_step(
         base.model(IDS, labels=IDS).loss.backward()
     base.model.eval()
     report = merge(tmp_path / "a", tmp_path / "m")
-    assert report.folded_into == "quantized"
-    assert report.logit_gap == 0
-    assert report.adapter_effect > 0
+    assert report.folded_into == "requantized"
+    assert (report.kl, report.logit_gap, report.survival) == (0, 0, 1)
     merged = load(tmp_path / "m", dtype=dtype).model
     layers = quantized_modules(merged)
     assert set(layers) == set(adapter.targets)
@@ -182,20 +182,25 @@ def test_layers_without_adapter_stay_dense_in_the_merged_model(
         assert torch.equal(merged(IDS).logits, base.model(IDS).logits)
 
 
-def test_in_memory_it_is_merged_with_the_decoded_weights(tiny_dir: Callable[..., Path]) -> None:
-    model = load(tiny_dir("llama")).model
-    attach(model, settings())
-    shake(model)
+def test_asked_for_it_is_merged_dense_with_the_decoded_weights(
+    tiny_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = load(tiny_dir("llama"))
+    attach(base.model, settings())
+    shake(base.model)
+    save_adapter(base.model, tmp_path / "a")
     with torch.no_grad():
-        live = model(IDS).logits
+        live = base.model(IDS).logits
+    report = merge(tmp_path / "a", tmp_path / "m", into="dense")
+    assert report.quantization is None
     path = "model.layers.0.mlp.up_proj"
-    layer: Any = model.get_submodule(path)
+    layer: Any = base.model.get_submodule(path)
     codes = layer.adapters["default"].quantized_weight(layer.base, layer.base.dense_weight())
-    merge_into(model)
-    merged: Any = model.get_submodule(path)
-    assert torch.equal(merged.weight, codes.dequantize())
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    assert torch.equal(stored[f"{path}.weight"], codes.dequantize())
+    merge_into(base.model)
     with torch.no_grad():
-        torch.testing.assert_close(model(IDS).logits, live, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(base.model(IDS).logits, live, atol=1e-5, rtol=1e-5)
 
 
 def test_settings_come_back_with_the_adapter(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
@@ -271,17 +276,21 @@ def test_what_goes_under_it_is_dense_and_no_head(tiny_dir: Callable[..., Path], 
     with pytest.raises(TargetError, match="is quantized already"):
         load_adapter(coarse, tmp_path / "a")
     graft.quantize(tiny_dir("llama"), "nf4", tmp_path / "coarse")
-    with pytest.raises(TargetError, match="is quantized already"):
+    with pytest.raises(AdapterError, match="the adapter was trained over dense weights"):
         merge(tmp_path / "a", tmp_path / "m", base=tmp_path / "coarse")
 
 
-def test_what_its_merge_cannot_write_is_refused(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
+def test_other_formats_are_refused_for_its_merge(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
     model = load(tiny_dir("llama")).model
     attach(model, settings())
     shake(model)
     save_adapter(model, tmp_path / "a")
-    with pytest.raises(AdapterError, match="trained over weights in float32, and its codes depend on it"):
-        merge(tmp_path / "a", tmp_path / "m", dtype="bfloat16")
+    other = QuantizationConfig(blocksize=64)
+    for asked in ("int4", other):
+        with pytest.raises(
+            AdapterError, match="trained to be stored as nf4 .blocks of 32, double_quant True"
+        ):
+            merge(tmp_path / "a", tmp_path / "m", quantization=asked)
     with pytest.raises(AdapterError, match="from_quantized cannot act"):
         merge(tmp_path / "a", tmp_path / "m", from_quantized=True)
     assert not (tmp_path / "m").exists()

@@ -22,16 +22,18 @@ from graft.adapters.base import check_adapter_method
 from graft.adapters.data_starts import Pass
 from graft.adapters.dora import DoraConfig
 from graft.adapters.effect import idle_layers
-from graft.adapters.fold import decode_from, merge_into
+from graft.adapters.fold import merge_into
 from graft.adapters.ia3 import Ia3Config
 from graft.adapters.lora import LoraConfig, LoraMethod
 from graft.adapters.lora_fa import LoraFaConfig
 from graft.adapters.merge import merge
 from graft.adapters.peft_format import load_adapter, save_adapter
 from graft.adapters.starts import shared_out
+from graft.adapters.targets import base_layers
 from graft.config import read_assignments
 from graft.errors import AdapterError, ConfigError, FingerprintError, ModelError, TargetError
 from graft.models.fingerprint import tensor_digest
+from graft.models.layers import BaseLayer
 from graft.models.quantize import quantize
 
 IDS = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -359,7 +361,9 @@ def test_lora_ga_decomposes_the_gradient_of_the_whole_weight(
     model = models.load(tiny_dir(family), **options).model
     attach(model, settings("lora_ga", family), batches=BATCHES)
     twin = models.load(tiny_dir(family)).model
-    decode_from(model, twin)
+    for path, layer in base_layers(model).items():
+        if layer.quantized:
+            BaseLayer.of(twin.get_submodule(path)).replace_weight(layer.dense_weight())
     twin.requires_grad_(True)
     for batch in BATCHES:
         twin(**batch).loss.backward()
@@ -456,9 +460,12 @@ def test_a_loftq_adapter_belongs_to_its_quantized_base(tiny_dir: Callable[..., P
     save_adapter(again, tmp_path / "b")
     assert (tmp_path / "a" / "graft.json").read_bytes() == (tmp_path / "b" / "graft.json").read_bytes()
     report = merge(tmp_path / "b", tmp_path / "merged")
-    assert (report.folded_into, report.gap_dense) == ("dequantized", None)
-    assert report.gap_dequantized is not None
-    assert report.gap_dequantized < 1e-4
+    assert report.folded_into == "dequantized"
+    assert [item.name for item in report.candidates] == ["dequantized", "requantized"]
+    assert report.logit_gap < 1e-4
+    with pytest.raises(AdapterError, match="makes up for the rounding of its base"):
+        merge(tmp_path / "b", tmp_path / "dense", into="dense")
+    assert not (tmp_path / "dense").exists()
     torch.testing.assert_close(logits(models.load(tmp_path / "merged").model), live, atol=1e-4, rtol=1e-4)
     quantize(directory, "nf4", tmp_path / "stored")
     stored = models.load(tmp_path / "stored", dtype="float32").model

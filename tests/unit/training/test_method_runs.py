@@ -109,8 +109,7 @@ def resumes_to_the_same_bits(
     assert tensors_of(resume(tmp_path / "killed").adapter) == tensors_of(whole.adapter)
     assert whole.adapter is not None
     report = merge(whole.adapter, tmp_path / "merged")
-    gap = report.gap_dequantized if quantized else report.logit_gap
-    assert gap is not None
+    gap = report.candidate("dequantized").gap if quantized else report.logit_gap
     assert report.adapter_effect > 0
     if not quantized:
         assert gap < 1e-4
