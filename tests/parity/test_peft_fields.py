@@ -149,7 +149,7 @@ OWN["TrainableTokensConfig"] = {
     "exclude_modules": ["layers.0"],
 }
 
-FILES_OF_LORA = ("lora_fa", "qa_lora")
+FILES_OF_LORA = ("lora_fa", "qa_lora", "qat")
 """Methods whose files PEFT takes for those of LoRA."""
 
 SAME_FUNCTION = frozenset({*_WITHOUT_EFFECT, "base_model_name_or_path", "revision", "runtime_config"})

@@ -11,6 +11,7 @@ from torch import nn
 
 from graft.adapters.adapted import AdaptedLayer, SavedModule
 from graft.adapters.attached import (
+    Adapter,
     active_weights,
     adapter_modules,
     adapter_tensors,
@@ -22,6 +23,7 @@ from graft.adapters.composed_files import LINEAGE, Composed, common_facts
 from graft.adapters.deltas import Product, delta_of, norm, weighted_sum
 from graft.adapters.peft_config import directory_of
 from graft.adapters.peft_tensors import full_name
+from graft.adapters.settings import beside_deltas
 from graft.adapters.side_file import base_fingerprint, tensors_digest
 from graft.adapters.truncate import NOISE, spectrum
 from graft.dialects import explained
@@ -52,6 +54,8 @@ def save_active(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     if not active:
         raise AdapterError("no adapter acts", where="model", fix="graft.set_active(model, names) first")
     known = [adapters_of(model)[name] for name in active]
+    for one in known:
+        _refuse_more_than_deltas(one)
     forced = any(one.forced_base for one in known)
     composed = Composed(model, base_fingerprint(model), forced)
     for path, module in adapter_modules(model).items():
@@ -73,6 +77,17 @@ def save_active(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     lineage = {"operation": "cat", "weights": list(active.values()), "parents": parents}
     composed.write(place, {**facts, LINEAGE: lineage}, replace=True)
     return place
+
+
+def _refuse_more_than_deltas(known: Adapter) -> None:
+    more = beside_deltas(known.config)
+    if more or known.makes_up:
+        why = f"trains more than deltas of weights ({', '.join(more)})" if more else "makes up for rounding"
+        raise AdapterError(
+            f"{known.name!r} {why}: a plain LoRA that does the same cannot be written",
+            where="model",
+            fix="graft.save_adapter writes it on its own",
+        )
 
 
 def _add(composed: Composed, path: str, module: AdaptedLayer, weights: dict[str, float]) -> None:

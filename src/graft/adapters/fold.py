@@ -177,12 +177,15 @@ def folded(base: BaseLayer, layer: Any, factor: float = 1.0) -> tuple[Tensor, Te
         layer: Of the adapter; additive where the factor is not one.
         factor: On its update.
     """
-    weight = base.dense_weight()
-    if factor != 1:  # its update alone, which knows no base weight and no bias
-        change = layer.merged_weight(base, torch.zeros_like(weight))
-        return torch.add(weight, change, alpha=factor), None
-    bias = layer.merged_bias(base, base.bias) if hasattr(layer, "merged_bias") else None
-    return layer.merged_weight(base, weight), bias
+    weight, old = base.dense_weight(), base.bias
+    bias = layer.merged_bias(base, old) if hasattr(layer, "merged_bias") else None
+    if factor == 1:
+        return layer.merged_weight(base, weight), bias
+    change = layer.merged_weight(base, torch.zeros_like(weight))
+    if bias is not None:
+        start = torch.zeros_like(bias) if old is None else old.detach().float()
+        bias = start + factor * (bias - start)
+    return torch.add(weight, change, alpha=factor), bias
 
 
 def _fold_copy(module: SavedModule, name: str) -> None:

@@ -41,6 +41,7 @@ from graft.adapters.peft_config import directory_of
 from graft.adapters.peft_fields import plain
 from graft.adapters.peft_format import check_effect, free_name
 from graft.adapters.peft_tensors import check_finite
+from graft.adapters.settings import beside_deltas
 from graft.adapters.targets import Selection, base_layers
 from graft.config import did_you_mean
 from graft.dialects import explained
@@ -246,13 +247,21 @@ def _layers(model: nn.Module, name: str, dialect: str) -> list[ForeignLayer]:
             where=f"adapter {name!r}",
             fix="train without modules_to_save, or merge the adapter",
         )
+    if (more := beside_deltas(known.config)) or known.makes_up:
+        told = f"{' and '.join(more)}" if more else "what makes up for the rounding of a base (init loftq)"
+        raise AdapterError(
+            f"{dialect} has no place for {told}",
+            where=f"adapter {name!r}",
+            fix="merge the adapter instead",
+        )
     found = []
     for path, module in adapter_modules(model).items():
         if not isinstance(module, AdaptedLayer) or name not in module.adapters:
             continue
         layer: Any = module.adapters[name]
-        values = [tensor.detach().float().cpu().contiguous() for tensor in layer.tensors().values()]
-        for key, value in zip(layer.tensors(), values, strict=True):
+        tensors = layer.factors if getattr(layer, "start_A", None) is not None else layer.tensors().values()
+        values = [tensor.detach().float().cpu().contiguous() for tensor in tensors]
+        for key, value in zip(layer.tensors(), values, strict=False):
             check_finite(value, f"{path}.{key}", f"adapter {name!r}")
         found.append(ForeignLayer(path, values[0], values[1], float(layer.scaling), *values[2:]))
     return found

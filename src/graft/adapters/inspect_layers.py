@@ -182,16 +182,21 @@ def facts(part: Part, layer: Any, view: BaseLayer, weight: Tensor | None, leadin
     told = replace(told, balance=_balance(layer))
     if weight is None or delta is None:
         needs = "" if of == "update" else "its change depends on the base: give --base"
-        return replace(told, note=needs, idle=told.norm == 0 if of == "update" else None)
+        still = told.norm == 0 and not _moves_bias(layer)
+        return replace(told, note=needs, idle=still if of == "update" else None)
     size = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
     ratio = float(torch.linalg.vector_norm(delta, dtype=torch.float64)) / size if size else None
     idle = ratio == 0 if is_additive(layer) or ratio is None else ratio < _STILL
-    told = replace(told, update_ratio=ratio, idle=idle)
+    told = replace(told, update_ratio=ratio, idle=idle and not _moves_bias(layer))
     if not leading:
         return told
     if view.kind == "embedding":
         return replace(told, note="directions of embeddings are not compared")
     return replace(told, cosines=tuple(new_directions(weight, delta, leading)))
+
+
+def _moves_bias(layer: Any) -> bool:
+    return any(leaf.endswith("bias") and bool(tensor.any()) for leaf, tensor in layer.tensors().items())
 
 
 def _delta(layer: Any, view: BaseLayer, weight: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from graft.adapters.deltas import Delta, delta_of
 from graft.adapters.peft_config import directory_of
 from graft.adapters.peft_open import CONFIG, Description, Opened, check_task, describe, open_adapter
 from graft.adapters.peft_tensors import WEIGHTS, check_finite, full_name
+from graft.adapters.settings import beside_deltas
 from graft.adapters.side_file import FILE, SideFile, tensors_digest
 from graft.errors import AdapterError, FingerprintError
 from graft.models.fingerprint import Fingerprint
@@ -176,14 +177,12 @@ def _refuse_more_than_deltas(config: Any, told: Description) -> None:
             where=str(told.directory / FILE),
             fix="fold it into its base with graft merge",
         )
-    for field in ("bias", "lora_bias", "trainable_token_indices"):
-        value = getattr(config, field, None)
-        if value not in (None, "none", False, ()):
-            raise AdapterError(
-                f"it trains more than deltas of weights: {field} is {value!r}",
-                where=str(told.directory / CONFIG),
-                fix="fold it into its base with graft merge",
-            )
+    if more := beside_deltas(config):
+        raise AdapterError(
+            f"it trains more than deltas of weights: {more[0]} is {getattr(config, more[0])!r}",
+            where=str(told.directory / CONFIG),
+            fix="fold it into its base with graft merge",
+        )
 
 
 def _shared(config: Any, opened: Opened, file: Path) -> nn.Module | None:

@@ -160,7 +160,9 @@ class QatLayer(nn.Module):
             return self._made(base)
         weight = base.dense_weight(None)
         held = (weight, self.update.lora_A, self.update.lora_B)
-        key = (self.scaling, weight.dtype, *((part.data_ptr(), _version(part)) for part in held))
+        # The sizes of the factors too: writing through `.data` leaves no trace.
+        sizes = (float(torch.linalg.vector_norm(part)) for part in held[1:])
+        key = (self.scaling, weight.dtype, *((part.data_ptr(), _version(part)) for part in held), *sizes)
         if self._known is None or self._known[0] != key:
             self._known = key, self._made(base)
         return self._known[1]

@@ -222,6 +222,12 @@ def pairs(items: tuple[str, ...]) -> dict[str, float]:
     return dict(pair(item, "adapter") for item in items)
 
 
+def beside_deltas(config: Any) -> list[str]:
+    """The fields by which settings train something beside deltas of weights: biases, rows of an embedding."""
+    fields = ("bias", "lora_bias", "trainable_token_indices")
+    return [name for name in fields if getattr(config, name, None) not in (None, "none", False, ())]
+
+
 def is_number(value: object) -> bool:
     """Whether a value is a finite number, and no truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

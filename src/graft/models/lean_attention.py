@@ -34,9 +34,17 @@ def takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settin
         and query.shape[-1] == value.shape[-1]
         and query.shape[2] == key.shape[2] > 1
         and query.shape[1] % key.shape[1] == 0
-        and (mask is None or (mask.dim() == 4 and mask.shape[1] == 1 and not mask.requires_grad))
+        and query.dtype == key.dtype == value.dtype
+        and (mask is None or (_is_plain(query, mask) and not mask.requires_grad))
+        and type(query) is Tensor  # no stand-in of a tracing mode
         and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
     )
+
+
+def _is_plain(query: Tensor, mask: Tensor) -> bool:
+    batch, _, length, _ = query.shape
+    return mask.shape in ((batch, 1, length, length), (1, 1, length, length))
 
 
 def lean_attention(

@@ -452,3 +452,24 @@ def test_a_foreign_adapter_trains_on_and_is_saved_as_ours(
     assert again.facts == {"read_from": "mlx"}
     for path in SIDES:
         assert torch.equal(change(base.model, path)[1], change(other.model, path)[1])
+
+
+@pytest.mark.parametrize("dialect", ["mlx", "torchtune"])
+def test_an_update_from_a_start_is_written_without_the_start(
+    tiny_dir: Callable[..., Path], tmp_path: Path, dialect: Any
+) -> None:
+    model = graft.load(tiny_dir("llama")).model
+    graft.attach(model, graft.LoraConfig(rank=4, init="pissa"))
+    for name, tensor in model.named_parameters():
+        if "lora_" in name and tensor.requires_grad:
+            tensor.data.add_(
+                0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name)))
+            )
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        live = model(ids).logits
+    graft.save_foreign_adapter(model, tmp_path / "a", dialect=dialect)
+    other = graft.load(tiny_dir("llama")).model
+    graft.load_foreign_adapter(other, tmp_path / "a")
+    with torch.no_grad():
+        torch.testing.assert_close(other(ids).logits, live, rtol=1e-4, atol=1e-4)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import graft
 import graft.models.load as models
 from graft.adapters.attach import adapter_tensors, adapters_of, attach, detach, disabled, set_active
 from graft.adapters.attached import trained_tensors
@@ -156,3 +157,43 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         LoraConfig(bias="some")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="lora_bias True cannot act"):
         LoraConfig(lora_bias=True, target_modules=(), modules_to_save=("lm_head",))
+
+
+def biased(tiny_dir: Callable[..., Path], **how: Any) -> Any:
+    model = models.load(tiny_dir("qwen2")).model
+    attach(model, LoraConfig(rank=2, target_modules=("q_proj", "v_proj"), **how), seed=1)
+    for tensor in trained_tensors(model).values():
+        torch.nn.init.normal_(tensor, std=0.3, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+def test_merged_in_place_at_a_weight_the_bias_has_it_too(tiny_dir: Callable[..., Path]) -> None:
+    model, ids = biased(tiny_dir, lora_bias=True), torch.arange(3, 40)[None]
+    set_active(model, ["default"], [0.5])
+    with torch.no_grad():
+        live = model(ids).logits
+        graft.merge_in_place(model)
+        torch.testing.assert_close(model(ids).logits, live, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", [{"lora_bias": True}, {"bias": "all"}, {"trainable_token_indices": (3,)}])
+def test_what_is_no_delta_is_not_left_out_elsewhere(
+    tiny_dir: Callable[..., Path], tmp_path: Path, how: dict[str, Any]
+) -> None:
+    model = biased(tiny_dir, **how)
+    with pytest.raises(AdapterError, match=next(iter(how))):
+        graft.save_active(model, tmp_path / "active")
+    for dialect in ("mlx", "torchtune"):
+        with pytest.raises(AdapterError, match=next(iter(how))):
+            graft.save_foreign_adapter(model, tmp_path / "foreign", dialect=dialect)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_of_biases_alone_is_not_dead(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
+    model = biased(tiny_dir, lora_bias=True)
+    for name, tensor in trained_tensors(model).items():
+        if name.endswith("lora_B.weight"):
+            torch.nn.init.zeros_(tensor)
+    save_adapter(model, tmp_path / "a")
+    assert not graft.inspect_adapter(tmp_path / "a").dead
+    assert not graft.inspect_adapter(tmp_path / "a", base=tiny_dir("qwen2")).dead

@@ -372,3 +372,17 @@ def test_half_precision_files_are_merged_as_they_were_in_training(
         live: Any = base.model.get_submodule(path)
         wanted = live.adapters["default"].quantized_weight(live.base, live.base.dense_weight(None))
         assert same(layer.quantized_weight, wanted), path
+
+
+def test_codes_follow_values_that_are_written_without_a_trace(tiny_dir: Callable[..., Path]) -> None:
+    model = load(tiny_dir("llama")).model
+    attach(model, settings())
+    shake(model)
+    model.eval()
+    with torch.no_grad():
+        before = model(IDS).logits
+        for name, tensor in model.named_parameters():
+            if "lora_B" in name:
+                tensor.data.mul_(3)
+        after = model(IDS).logits
+    assert not torch.equal(before, after)

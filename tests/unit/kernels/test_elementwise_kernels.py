@@ -144,3 +144,14 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
             kernels.call("cross_entropy", x, torch.tensor([0, 1, target, 3]))
     with pytest.raises(ModelError, match="targets"):
         kernels.call("cross_entropy", x, torch.tensor([0, 1]))
+
+
+def test_gates_as_large_as_they_get(tier: str) -> None:
+    gate = torch.tensor([-3e38, -1e30, -200.0, -89.0, 89.0, 200.0, 3e38, math.inf, -math.inf] * 3).bfloat16()
+    up, grad = halves(27), halves(27, seed=1)
+    for found, wanted in (
+        ([compiled.silu_product(gate, up)], [reference.silu_product(gate, up)]),
+        (compiled.silu_product_backward(grad, gate, up), reference.silu_product_backward(grad, gate, up)),
+    ):
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=STEP, atol=1e-30, equal_nan=True)

@@ -112,3 +112,23 @@ def test_a_loaded_model_has_it_and_loses_the_same(
         with torch.no_grad():
             found, plain, wanted = (token_losses(model, batch)[0] for model in (ours, theirs, exact))
         assert float((found - wanted).abs()) < 2 * float((plain - wanted).abs()) + 2**-8 * float(wanted)
+
+
+def test_masks_of_other_shapes_and_tracing_go_the_usual_way(called: list[str]) -> None:
+    q, k, v = operands()
+    mask = torch.ones(2, 1, 1, 20, dtype=torch.bool)
+    found, _ = attend(Layer(), q, k, v, mask)
+    wanted = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(found, wanted.transpose(1, 2))
+    slopes = torch.func.grad(lambda q: attend(Layer(), q, k, v, None)[0].float().sum())(q)
+    assert torch.isfinite(slopes).all()
+    assert not called
+
+
+@compiled
+def test_another_default_device_is_not_where_it_works() -> None:
+    q, k, v = operands()
+    wanted, _ = attend(Layer(), q, k, v, None)
+    with torch.device("meta"):
+        found, _ = attend(Layer(), q, k, v, None)
+    assert torch.equal(found, wanted)

@@ -101,8 +101,8 @@ def _run(
     )
     backward, threads = int(bool(grads)), torch.get_num_threads()
     needed = library.library().graft_attention_bytes(ctypes.byref(call), backward, threads)
-    memory = torch.empty(needed + ALIGNMENT, dtype=torch.uint8)
-    place = -(-memory.data_ptr() // ALIGNMENT) * ALIGNMENT
+    memory = torch.empty(needed + ALIGNMENT, dtype=torch.uint8, device="cpu")
+    place = -(-address_of(memory) // ALIGNMENT) * ALIGNMENT
     library.library().graft_attention(ctypes.byref(call), backward, place, threads)
 
 

@@ -31,9 +31,9 @@ static inline void narrowed(Lanes rounded_values, uint16_t* to) {
   memcpy(to, &halves, sizeof halves);
 }
 
-// e^x between e^-87 and e^88; NaN stays NaN.
-static inline Lanes exp_of(Lanes x) {
-  x = x < -87.0f ? every(-87.0f) : x;
+// e^x, e^-87 for what is less, infinity beyond e^88; NaN stays NaN.
+static inline Lanes exp_of(Lanes given) {
+  Lanes x = given < -87.0f ? every(-87.0f) : given;
   x = x > 88.0f ? every(88.0f) : x;
   const Lanes magic = every(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
   const Lanes whole = fused(x, every(1.44269504f), magic) - magic;
@@ -42,7 +42,7 @@ static inline Lanes exp_of(Lanes x) {
   constexpr float kTerms[] = {8.3333333e-3f, 4.1666667e-2f, 1.6666667e-1f, 0.5f, 1.0f, 1.0f};
   for (float term : kTerms) sum = fused(sum, rest, every(term));
   const LaneInts power = (__builtin_convertvector(whole, LaneInts) + 127) << 23;
-  return sum * (Lanes)power;
+  return given > 88.0f ? every(INFINITY) : sum * (Lanes)power;
 }
 
 static inline float lanes_sum(Lanes values) {
