@@ -112,13 +112,16 @@ def build(
     Raises:
         AdapterError: The tensors are not those that the settings call for; one is named.
     """
-    layer = method.build_layer(view, part.config, None)
+    config = part.config
+    if getattr(config, "bias", "none") != "none" and "base_layer.bias" not in values:
+        config = replace(config, bias="none")  # files hold it as a module trained in full
+    layer = method.build_layer(view, config, None)
     if shared is not None:
         layer.share(shared)
     wanted = layer.tensors()
     where = f"{next(iter(part.stored.values())).file}, layer {part.path!r}"
     if wanted.keys() == values.keys() and hasattr(method, "restored"):
-        values = {leaf: method.restored(view, part.config, leaf, v, where) for leaf, v in values.items()}
+        values = {leaf: method.restored(view, config, leaf, v, where) for leaf, v in values.items()}
     if wanted.keys() != values.keys():
         raise AdapterError(
             f"the layer has {', '.join(sorted(values))}; the settings call for {', '.join(sorted(wanted))}",
@@ -182,12 +185,12 @@ def facts(part: Part, layer: Any, view: BaseLayer, weight: Tensor | None, leadin
     told = replace(told, balance=_balance(layer))
     if weight is None or delta is None:
         needs = "" if of == "update" else "its change depends on the base: give --base"
-        still = told.norm == 0 and not _moves_bias(layer)
+        still = told.norm == 0 and not _moves_bias(part, layer)
         return replace(told, note=needs, idle=still if of == "update" else None)
     size = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
     ratio = float(torch.linalg.vector_norm(delta, dtype=torch.float64)) / size if size else None
     idle = ratio == 0 if is_additive(layer) or ratio is None else ratio < _STILL
-    told = replace(told, update_ratio=ratio, idle=idle and not _moves_bias(layer))
+    told = replace(told, update_ratio=ratio, idle=idle and not _moves_bias(part, layer))
     if not leading:
         return told
     if view.kind == "embedding":
@@ -195,7 +198,9 @@ def facts(part: Part, layer: Any, view: BaseLayer, weight: Tensor | None, leadin
     return replace(told, cosines=tuple(new_directions(weight, delta, leading)))
 
 
-def _moves_bias(layer: Any) -> bool:
+def _moves_bias(part: Part, layer: Any) -> bool:
+    if getattr(part.config, "bias", "none") != "none":  # whether it moved is told where modules are
+        return True
     return any(leaf.endswith("bias") and bool(tensor.any()) for leaf, tensor in layer.tensors().items())
 
 

@@ -12,6 +12,7 @@ from graft.adapters.inspect_files import BASE_COPY, AdapterFile, adapter_in, tol
 from graft.adapters.inspect_groups import bands, findings, kinds
 from graft.adapters.inspect_layers import Part, build, facts, facts_without_layer, stand_in
 from graft.adapters.inspect_records import Finding, Inspection, SavedFacts, TensorFacts
+from graft.adapters.lora import ROWS
 from graft.adapters.peft_config import directory_of
 from graft.adapters.peft_open import CONFIG
 from graft.adapters.peft_tensors import WEIGHTS, full_name
@@ -187,13 +188,21 @@ def _saved(file: AdapterFile, base: StoredBase | None) -> Any:
         value = file.values[key]
         ratio = None
         if base is not None:
-            before = base.tensor(key)
+            before = _of_base(file, base, key)
             if before.shape == value.shape:
                 change = torch.linalg.vector_norm(value.double() - before.double())
                 size = torch.linalg.vector_norm(before, dtype=torch.float64)
                 ratio = float(change / size) if size else None
         norm = float(torch.linalg.vector_norm(value, dtype=torch.float64))
         yield SavedFacts(name=key, parameters=value.numel(), norm=norm, change_ratio=ratio)
+
+
+def _of_base(file: AdapterFile, base: StoredBase, key: str) -> Tensor:
+    """What the base has in the place of a tensor that is trained in full, or of rows of an embedding."""
+    path = key.removesuffix(f".{ROWS}")
+    if path == key:
+        return base.tensor(key.replace(".base_layer.", "."))
+    return base.tensor(f"{path}.weight")[list(file.settings.config.trainable_token_indices)]
 
 
 def _tensor(name: str, value: Tensor) -> TensorFacts:

@@ -197,3 +197,17 @@ def test_an_adapter_of_biases_alone_is_not_dead(tiny_dir: Callable[..., Path], t
     save_adapter(model, tmp_path / "a")
     assert not graft.inspect_adapter(tmp_path / "a").dead
     assert not graft.inspect_adapter(tmp_path / "a", base=tiny_dir("qwen2")).dead
+
+
+@pytest.mark.parametrize("how", [{"bias": "all"}, {"bias": "lora_only"}, {"trainable_token_indices": (3, 9)}])
+def test_what_trains_beside_deltas_is_inspected_over_its_base(
+    tiny_dir: Callable[..., Path], tmp_path: Path, how: dict[str, Any]
+) -> None:
+    model = biased(tiny_dir, **how)
+    save_adapter(model, tmp_path / "a")
+    found = graft.inspect_adapter(tmp_path / "a", base=tiny_dir("qwen2"))
+    assert not found.dead
+    alone = {layer.path: layer.norm for layer in graft.inspect_adapter(tmp_path / "a").layers}
+    for layer in found.layers:
+        assert layer.norm == pytest.approx(alone[layer.path], rel=1e-5)
+    assert all(item.change_ratio for item in found.saved)
