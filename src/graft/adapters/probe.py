@@ -17,7 +17,7 @@ from graft.data.loader import Batch, collate
 from graft.data.masking import Encoder
 from graft.data.prepare import prepare
 from graft.data.samples import IGNORED, Sample
-from graft.errors import AdapterError, DataError
+from graft.errors import AdapterError, DataError, ModelError
 
 MAX_LOGITS_BYTES = 256 * 2**20
 """What the logits of one model over the probe may take, in fp32; longer probes are cut."""
@@ -84,6 +84,7 @@ def make_probe(
         DataError: A row cannot be used, or no row has a token to predict.
         StorageError: The file cannot be read.
         AdapterError: There is a file and no tokenizer.
+        ModelError: The tokenizer has tokens that the model lacks.
     """
     text = config.get_text_config()
     context = int(getattr(text, "max_position_embeddings", None) or ROW_TOKENS)
@@ -107,7 +108,19 @@ def make_probe(
         ]
         for prompt in own_prompts()
     ]
+    _check_tokens(rows, text.vocab_size)
     return _probe([*first, *(_all_of(row) for row in rows if len(row) > 1)], room, "prompts", "")
+
+
+def _check_tokens(rows: Sequence[Sequence[int]], vocab_size: int) -> None:
+    highest = max((token for row in rows for token in row), default=0)
+    if highest >= vocab_size:
+        raise ModelError(
+            f"the tokenizer gives token {highest}, and the embedding has {vocab_size:,} rows: they do not "
+            "belong together",
+            where="tokenizer of the base",
+            fix="use the tokenizer that the model was made with",
+        )
 
 
 def own_prompts() -> list[str]:

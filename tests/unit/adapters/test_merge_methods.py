@@ -19,7 +19,7 @@ from graft.adapters.merge import merge
 from graft.adapters.probe import make_probe
 from graft.adapters.qa_lora import QaLoraConfig
 from graft.adapters.trainable_tokens import TrainableTokensConfig
-from graft.errors import AdapterError
+from graft.errors import AdapterError, ModelError
 from graft.quant.config import QuantizationConfig
 from graft.quant.linear import quantized_modules
 
@@ -213,3 +213,14 @@ def test_biases_trained_alone_come_back(tiny_dir: Callable[..., Path]) -> None:
     graft.unmerge(model)
     assert all(torch.equal(tensor, before[key]) for key, tensor in base_state(model))
     assert torch.equal(logits(model), live)
+
+
+def test_a_tokenizer_that_is_too_large_is_named(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
+    base = graft.load(tiny_dir("llama", vocab_size=70))
+    graft.attach(base.model, graft.LoraConfig(rank=2))
+    for tensor in trained_tensors(base.model).values():
+        torch.nn.init.normal_(tensor)
+    graft.save_adapter(base.model, tmp_path / "a")
+    with pytest.raises(ModelError, match="the embedding has 70 rows"):
+        merge(tmp_path / "a", tmp_path / "m")
+    assert not (tmp_path / "m").exists()
