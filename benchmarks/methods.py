@@ -14,14 +14,13 @@ import argparse
 import contextlib
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from training import REAL, TINY, peak_bytes, tell, token_rows, wait_for_turn
+from training import REAL, TINY, Process, peak_bytes, tell, token_rows, wait_for_turn
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 16},
@@ -91,37 +90,6 @@ def contestant(values: argparse.Namespace) -> None:
     tell(peak_bytes=peak_bytes())
 
 
-class Process:
-    """A method that waits for its turns."""
-
-    def __init__(self, name: str, model: str, given: list[str]) -> None:
-        command = [sys.executable, __file__, *given, "--contestant", name, "--model", model]
-        self.name, self.facts = name, {}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._until("ready")
-
-    def _until(self, key: str) -> Any:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith('{"'):
-                said = json.loads(line)
-                self.facts |= said
-                if key in said:
-                    return said[key]
-        raise SystemExit(f"{self.name} ended before it said {key!r}")
-
-    def step(self) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        return float(self._until("seconds"))
-
-    def finish(self) -> int:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        return int(self._until("peak_bytes"))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -146,13 +114,13 @@ def compare(values: argparse.Namespace) -> None:
     times: dict[str, list[float]] = {name: [] for name in names}
     with TemporaryDirectory() as directory:
         make_model(directory, shape_of(values))
-        processes = [Process(name, directory, sys.argv[1:]) for name in names]
+        processes = [Process(name, directory, sys.argv[1:], __file__) for name in names]
         for turn in range(values.steps + 1):
             for process in processes:
                 seconds = process.step()
                 if turn:
                     times[process.name].append(seconds)
-        peaks = {process.name: process.finish() for process in processes}
+        peaks = {process.name: process.finish()["peak_bytes"] for process in processes}
     figures = {}
     for name in names:
         ratios = [own / lora for own, lora in zip(times[name], times["lora"], strict=True)]

@@ -183,10 +183,10 @@ def contestant(values: argparse.Namespace) -> None:
 
 
 class Process:
-    """A contestant that waits for its turns."""
+    """A contestant of a script that waits for its turns."""
 
-    def __init__(self, name: str, model: str, arguments: list[str]) -> None:
-        command = [sys.executable, __file__, *arguments, "--contestant", name, "--model", model]
+    def __init__(self, name: str, model: str, arguments: list[str], script: str = __file__) -> None:
+        command = [sys.executable, script, *arguments, "--contestant", name, "--model", model]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
         )
