@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from graft import kernels
 from graft.errors import ModelError
 from graft.kernels import reference_attention as reference
 from graft.kernels.cpu import attention as compiled
-from graft.kernels.cpu import library
 
 ROUNDING = 2.0**-8
 """Half a step of bfloat16."""
@@ -26,17 +24,6 @@ SHAPES = {  # B, heads, key heads, T, D
     "a dimension of no power of two": (1, 3, 1, 70, 80),
     "whole tiles, many heads": (4, 8, 8, 128, 32),
 }
-
-
-def _tiers() -> list[str]:
-    return [] if library.problem() else library.tiers()
-
-
-@pytest.fixture(params=_tiers())
-def tier(request: pytest.FixtureRequest) -> Iterator[str]:
-    library.force_tier(request.param)
-    yield request.param
-    library.force_tier(None)
 
 
 def operands(shape: tuple[int, int, int, int, int], dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:

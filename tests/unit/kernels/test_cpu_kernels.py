@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,17 +22,6 @@ SIZES = (1, 2, 5, 31, 63, 64, 65, 333, 1001, 4096 + 7, 70_001)
 SYMMETRIC = [name for name, fmt in FORMATS.items() if not fmt.affine and fmt.bits < 8]
 AFFINE = [name for name, fmt in FORMATS.items() if fmt.affine]
 MAP = torch.tensor(ABSMAX_FORMAT.codebook)
-
-
-def _tiers() -> list[str]:
-    return [] if library.problem() else library.tiers()
-
-
-@pytest.fixture(params=_tiers())
-def tier(request: pytest.FixtureRequest) -> Iterator[str]:
-    library.force_tier(request.param)
-    yield request.param
-    library.force_tier(None)
 
 
 def _values(size: int, seed: int = 0) -> Tensor:

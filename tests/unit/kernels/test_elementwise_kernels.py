@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,21 +13,9 @@ from graft import kernels
 from graft.errors import ModelError
 from graft.kernels import reference_elementwise as reference
 from graft.kernels.cpu import elementwise as compiled
-from graft.kernels.cpu import library
 
 STEP = 2.0**-7
 """From one number of bfloat16 to the next."""
-
-
-def _tiers() -> list[str]:
-    return [] if library.problem() else library.tiers()
-
-
-@pytest.fixture(params=_tiers())
-def tier(request: pytest.FixtureRequest) -> Iterator[str]:
-    library.force_tier(request.param)
-    yield request.param
-    library.force_tier(None)
 
 
 def random(*shape: int, spread: float = 1.0, seed: int = 0) -> Tensor:
