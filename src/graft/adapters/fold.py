@@ -11,7 +11,6 @@ from graft.adapters.adapted import AdaptedLayer, SavedModule, unwrapped
 from graft.adapters.attach import detach
 from graft.adapters.attached import active_weights, adapter, adapter_modules, refuse_merged, stays_tied
 from graft.adapters.base import is_additive
-from graft.adapters.shipped import in_codes
 from graft.adapters.targets import tied_pair
 from graft.errors import AdapterError
 from graft.models.layers import BaseLayer
@@ -19,7 +18,7 @@ from graft.quant.linear import QuantizedLinear, quantized_modules
 from graft.quant.tensor import plain_constants
 
 
-def merge_into(model: nn.Module, name: str = "default", *, codes: bool = False) -> bool:
+def merge_into(model: nn.Module, name: str = "default") -> bool:
     """Fold an adapter into a dense model and take it out: the model stays, its weights change.
 
     An adapter that acts with a weight (`set_active`) is folded in with it. Sums are made in fp32 and rounded
@@ -29,8 +28,6 @@ def merge_into(model: nn.Module, name: str = "default", *, codes: bool = False) 
     Args:
         model: A model that carries the adapter.
         name: Which adapter.
-        codes: Put the quantized layers in place that the adapter was trained as (`AdapterMethod`'s
-            `ships_quantized`), in place of dense ones with the decoded weights.
 
     Returns:
         Whether embedding and output head were untied.
@@ -54,7 +51,7 @@ def merge_into(model: nn.Module, name: str = "default", *, codes: bool = False) 
         if isinstance(module, SavedModule):
             _fold_copy(module, name)
         elif name in module.adapters:
-            _fold_layer(module, name, weight, codes=codes)
+            _fold_layer(module, name, weight)
     detach(model, name)
     if packed:
         _store_alike(model)
@@ -153,11 +150,8 @@ def _refuse_beside(modules: dict[str, AdaptedLayer | SavedModule], name: str) ->
             )
 
 
-def _fold_layer(module: AdaptedLayer, name: str, factor: float, *, codes: bool) -> None:
+def _fold_layer(module: AdaptedLayer, name: str, factor: float) -> None:
     base, layer = module.base, cast("Any", module.adapters[name])
-    if codes:
-        module.base_layer = in_codes(base, layer)
-        return
     moved = block_update(module, name)
     if moved is not None:
         module.base_layer = base.shifted(factor * moved)

@@ -218,6 +218,8 @@ def _values(layer: Any, view: BaseLayer, delta: Tensor | None) -> tuple[list[flo
             return (product_values(*pair) * abs(layer.scaling)).tolist(), "update"
         if hasattr(layer, "update_values"):
             return layer.update_values().tolist(), "update"
+        if hasattr(layer, "update_factors"):
+            return product_values(*layer.update_factors()).tolist(), "update"
         zero = torch.zeros(view.out_features, view.in_features, dtype=torch.float64)
         return torch.linalg.svdvals(layer.double().merged_weight(view, zero)).tolist(), "update"
     if delta is not None:

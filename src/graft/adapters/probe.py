@@ -94,7 +94,8 @@ def make_probe(
             raise AdapterError(
                 "the base has no tokenizer, so no text can be compared", where=data, fix="leave the data out"
             )
-        return _of_file(data, tokenizer, side, min(context, ROW_TOKENS), room, tokens)
+        found = _of_file(data, tokenizer, side, min(context, ROW_TOKENS), room, tokens)
+        return _known(found, text.vocab_size)
     first = _of_tokens(tokens, min(context, PROMPT_TOKENS))
     if tokenizer is None:
         ids = torch.randint(0, text.vocab_size, RANDOM_SHAPE, generator=torch.Generator().manual_seed(0))
@@ -108,12 +109,17 @@ def make_probe(
         ]
         for prompt in own_prompts()
     ]
-    _check_tokens(rows, text.vocab_size)
-    return _probe([*first, *(_all_of(row) for row in rows if len(row) > 1)], room, "prompts", "")
+    found = _probe([*first, *(_all_of(row) for row in rows if len(row) > 1)], room, "prompts", "")
+    return _known(found, text.vocab_size)
 
 
-def _check_tokens(rows: Sequence[Sequence[int]], vocab_size: int) -> None:
-    highest = max((token for row in rows for token in row), default=0)
+def _known(probe: Probe, vocab_size: int) -> Probe:
+    """The same probe, whose tokens the model has.
+
+    Raises:
+        ModelError: It lacks one.
+    """
+    highest = int(probe.batch.input_ids.max())
     if highest >= vocab_size:
         raise ModelError(
             f"the tokenizer gives token {highest}, and the embedding has {vocab_size:,} rows: they do not "
@@ -121,6 +127,7 @@ def _check_tokens(rows: Sequence[Sequence[int]], vocab_size: int) -> None:
             where="tokenizer of the base",
             fix="use the tokenizer that the model was made with",
         )
+    return probe
 
 
 def own_prompts() -> list[str]:

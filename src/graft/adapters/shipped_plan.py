@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from graft.adapters.candidates import Weights
-from graft.adapters.shipped import endings
 from graft.errors import AdapterError
 from graft.models.filler import select_linears
 from graft.models.quantize import QuantizedPlan
@@ -51,5 +51,12 @@ def shipped_plan(
             fix="train the adapter without it (adapter.exclude_modules)",
         )
     dense = [path for path in linears if path not in targets]
-    settings = replace(settings, skip_modules=endings(dense, targets))
+    settings = replace(settings, skip_modules=_endings(dense, targets))
     return replace(QuantizedPlan.of(weights.contents, settings), targets=targets)
+
+
+def _endings(dense: Sequence[str], targets: Collection[str]) -> tuple[str, ...]:
+    """The fewest names and paths whose endings are those of all dense linears and of no target."""
+    taken = {path.rpartition(".")[2] for path in targets}
+    short = {path: path.rpartition(".")[2] for path in dense}
+    return tuple(sorted({path if leaf in taken else leaf for path, leaf in short.items()}))

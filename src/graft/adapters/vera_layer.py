@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graft.adapters.lora_update import LoraUpdate, is_fresh
-from graft.adapters.spectrum import product_values
 from graft.models.layers import BaseLayer
 
 
@@ -126,11 +125,6 @@ class VeraLayer(nn.Module):
         with torch.no_grad():
             down, up = (factor.to(weight.device) for factor in self._factors())
             return torch.addmm(weight, up, down)
-
-    def update_values(self) -> Tensor:
-        """Singular values of the update, falling, float64, without making it."""
-        with torch.no_grad():
-            return product_values(*self._factors())
 
     def idle(self, base: BaseLayer) -> bool:
         """Whether b or d is zero."""

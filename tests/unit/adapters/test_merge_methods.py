@@ -221,6 +221,8 @@ def test_a_tokenizer_that_is_too_large_is_named(tiny_dir: Callable[..., Path], t
     for tensor in trained_tensors(base.model).values():
         torch.nn.init.normal_(tensor)
     graft.save_adapter(base.model, tmp_path / "a")
-    with pytest.raises(ModelError, match="the embedding has 70 rows"):
-        merge(tmp_path / "a", tmp_path / "m")
+    (tmp_path / "rows.txt").write_text("held-out text\n")
+    for data in (None, tmp_path / "rows.txt"):
+        with pytest.raises(ModelError, match="the embedding has 70 rows"):
+            merge(tmp_path / "a", tmp_path / "m", data=data)
     assert not (tmp_path / "m").exists()
