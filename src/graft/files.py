@@ -7,12 +7,13 @@ full disk: it is written beside its place, flushed to the disk, then renamed.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -208,6 +209,31 @@ def _publish(partial: Path, path: Path) -> None:
     sync_directory(path.parent)
     if old.exists():
         _remove(old)
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str], waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold a lock that one process has at a time; it is gone when the process ends, however it ends.
+
+    Args:
+        path: A file that stands for the lock; it is made, and stays.
+        waiting: Called once where another process holds it.
+
+    Raises:
+        StorageError: The file cannot be made.
+    """
+    with refusing(path, 0):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is not None:
+                waiting()
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def remove_directory(path: Path) -> None:

@@ -14,15 +14,8 @@ from graft.config import closest
 from graft.data.config import DataConfig
 from graft.data.examples import column_text
 from graft.data.masking import Encoder
-from graft.data.prepare import (
-    Dataset,
-    count_samples,
-    digest_of,
-    make_encoder,
-    num_rows,
-    read_file,
-    refuse_all,
-)
+from graft.data.prepare import Dataset, count_samples, make_encoder
+from graft.data.reading import num_rows, read_file, refuse_all
 from graft.data.report import Report
 from graft.data.samples import IGNORED, Sample
 from graft.data.sources import Row
@@ -63,18 +56,19 @@ class ClassReader:
             StorageError: The file cannot be read.
         """
         encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
-        rows, report = read_file(path, config, split)
+        rows, reading = read_file(path, config, split, encoder)
+        report = reading.report
         report.format, report.reason = FORMAT, "asked for by the task"
         good = self._checked(rows, config, report)
         if not self.labels:
             self.labels = _labels_of([label for _, _, label in good], path)
         samples = self._encode(good, encoder, config, report)
         if not samples:
-            refuse_all(path, report.rejected)
+            refuse_all(report)
         count_samples(samples, encoder, report)
         report.num_used = len(samples)
         self._note(samples, good, rows, encoder, report)
-        return Dataset(samples, report, digest_of(rows), self.labels)
+        return Dataset(samples, report, reading.digest, self.labels)
 
     def _checked(self, rows: Sequence[Row], config: DataConfig, report: Report) -> list[tuple[Row, str, str]]:
         found = []
@@ -92,7 +86,7 @@ class ClassReader:
             except DataError as error:
                 if not config.skip_invalid:
                     raise
-                report.rejected.append((error.where, error.what))
+                report.reject(error.where, error.what)
         return found
 
     def _encode(
@@ -104,7 +98,7 @@ class ClassReader:
         for (row, text, label), encoding in zip(good, encodings, strict=True):
             ids = [*encoder.text.bos_ids, *encoding.ids]
             if not text.strip() or not ids:
-                report.rejected.append((row.where, "nothing to learn from: the text is empty"))
+                report.reject(row.where, "nothing to learn from: the text is empty")
                 continue
             remarks: tuple[str, ...] = ()
             if len(ids) > config.max_length:
@@ -113,7 +107,7 @@ class ClassReader:
                     fix = "raise data.max_length, or truncate or drop"
                     raise DataError(reason, where=row.where, fix=fix)
                 if config.on_overlong == "drop":
-                    report.rejected.append((row.where, reason))
+                    report.reject(row.where, reason, overlong=True)
                     continue
                 ids, remarks = ids[: config.max_length], (CUT,)
             classes = [IGNORED] * (len(ids) - 1) + [numbers[label]]
@@ -141,7 +135,7 @@ class ClassReader:
         if unused := [name for name in value if name not in ("text", "label")]:
             report.notes.append(f"columns that are not used: {', '.join(unused)}")
         if report.rejected:
-            left, first = num_rows(len(report.rejected)), ": ".join(report.rejected[0])
+            left, first = num_rows(report.num_rejected), ": ".join(report.rejected[0])
             report.notes.append(f"{left} left out, the first: {first}")
         report.preview = [
             f"{encoder.tokenizer.decode(sample.input_ids)} -> {self.labels[sample.labels[-1]]}"

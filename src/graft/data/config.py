@@ -41,6 +41,11 @@ class DataConfig:
     limit: int | None = None
     """Use only the first rows of each file, this many."""
 
+    workers: int = 1
+    """Threads that make batches ahead of the step that uses them; 0 makes each when it is wanted."""
+    cache: bool | str = True
+    """Keep tokens of files of 16 MiB or more, in graft's cache directory or in the one that is named."""
+
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise ConfigError(
@@ -59,6 +64,12 @@ class DataConfig:
                 "eval and eval_fraction are both given",
                 where="data.eval_fraction",
                 fix="keep the evaluation file, or the fraction",
+            )
+        if self.workers < 0:
+            raise ConfigError(
+                f"workers must be at least 0 threads, got {self.workers}",
+                where="data.workers",
+                fix="1 is enough on most machines",
             )
         if self.limit is not None and self.limit < 1:
             raise ConfigError(

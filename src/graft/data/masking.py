@@ -6,6 +6,8 @@ The ids of a conversation are those of its whole rendered text. What a model is 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, islice, pairwise
@@ -52,6 +54,12 @@ class Encoder:
         self._source = chat_template
         self._loss_on = loss_on
         self._template: ChatTemplate | None = None
+
+    def digest(self) -> str:
+        """SHA-256 over the tokenizer, the ids it puts around texts, and the template."""
+        text = self.text
+        parts = [text.digest, text.bos_ids, text.eos_id, self._source or self.tokenizer.chat_template]
+        return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()
 
     @property
     def has_template(self) -> bool:

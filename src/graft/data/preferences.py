@@ -23,15 +23,8 @@ from graft.data.examples import (
 )
 from graft.data.formats import PROMPTS, Example, Pair
 from graft.data.masking import Encoder
-from graft.data.prepare import (
-    Dataset,
-    count_samples,
-    digest_of,
-    make_encoder,
-    num_rows,
-    read_file,
-    refuse_all,
-)
+from graft.data.prepare import Dataset, count_samples, make_encoder
+from graft.data.reading import num_rows, read_file, refuse_all
 from graft.data.report import Report, show_sample
 from graft.data.samples import TRUNCATED, Rejected, Sample
 from graft.data.sources import Row
@@ -170,26 +163,26 @@ def prepare_pairs(path: str, tokenizer: Any, config: DataConfig, split: str = "t
         StorageError: The file cannot be read.
     """
     encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
-    rows, report = read_file(path, config, split)
+    rows, reading = read_file(path, config, split, encoder)
+    report = reading.report
     preferences = list(_preferences(rows, encoder, config, report))
     chats = any(isinstance(each.chosen, Conversation) for each in preferences)
     report.format = CHAT if chats else PLAIN
     report.reason = "the columns 'chosen' and 'rejected' are there"
     samples = _samples(preferences, encoder, config, report)
     if not samples:
-        refuse_all(path, report.rejected)
-    count_samples(samples, encoder, report)
-    report.num_duplicates = len(samples) // 2 - len({_ids(pair) for pair in _pairs(samples)})
+        refuse_all(report)
+    count_samples(samples, encoder, report, size=2)
     assert isinstance(rows[0].value, dict)
     if unused := [name for name in rows[0].value if name not in _KNOWN]:
         report.notes.append(f"columns that are not used: {', '.join(unused)}")
     if report.num_duplicates:
         report.notes.append(f"{report.num_duplicates} pairs are equal to an earlier one")
     if report.rejected:
-        left, first = num_rows(len(report.rejected)), ": ".join(report.rejected[0])
+        left, first = num_rows(report.num_rejected), ": ".join(report.rejected[0])
         report.notes.append(f"{left} left out, the first: {first}")
     report.preview = [show_sample(sample, encoder.tokenizer) for sample in samples[:2]]
-    return Dataset(samples, report, digest_of(rows))
+    return Dataset(samples, report, reading.digest)
 
 
 def _preferences(
@@ -201,7 +194,7 @@ def _preferences(
         except DataError as error:
             if not config.skip_invalid:
                 raise
-            report.rejected.append((error.where, error.what))
+            report.reject(error.where, error.what)
 
 
 def _samples(
@@ -217,13 +210,14 @@ def _samples(
         bad = next((half for half in halves if isinstance(half, Rejected)), None)
         if isinstance(bad, Rejected):
             _refuse(bad, ANSWERS[halves.index(bad)], config)
-            report.rejected.append((where, f"{ANSWERS[halves.index(bad)]}: {bad.reason}"))
+            reason = f"{ANSWERS[halves.index(bad)]}: {bad.reason}"
+            report.reject(where, reason, overlong=bad.overlong)
             continue
         pair = [half for half in halves if isinstance(half, Sample)]
         if pair[0].input_ids == pair[1].input_ids:
             cut = any(TRUNCATED in half.remarks for half in pair)
             after = f" after the cut at max_length {config.max_length:,}" if cut else ""
-            report.rejected.append((where, f"nothing to prefer: both answers are the same{after}"))
+            report.reject(where, f"nothing to prefer: both answers are the same{after}")
             continue
         report.num_used += 1
         remarks.update({remark for half in pair for remark in half.remarks})
@@ -241,11 +235,3 @@ def _refuse(bad: Rejected, name: str, config: DataConfig) -> None:
     """
     if (bad.invalid and not config.skip_invalid) or (bad.overlong and config.on_overlong == "error"):
         raise DataError(f"{name}: {bad.reason}", where=bad.where, fix=bad.fix)
-
-
-def _pairs(samples: Sequence[Sample]) -> list[Sequence[Sample]]:
-    return [samples[begin : begin + 2] for begin in range(0, len(samples), 2)]
-
-
-def _ids(pair: Sequence[Sample]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(sample.input_ids) for sample in pair)

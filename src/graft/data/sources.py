@@ -95,6 +95,16 @@ def find_files(path: Path, split: str) -> list[Path]:
     return texts
 
 
+def source_files(path: str, split: str) -> list[Path]:
+    """The files whose bytes are all that a source says; none for what is no file."""
+    return find_files(Path(path), split)
+
+
+def source_bytes(path: str, split: str) -> int:
+    """Bytes of the files of a source, about as many as its rows have; 0 where they do not tell."""
+    return sum(file.stat().st_size for file in source_files(path, split))
+
+
 def _raise(error: DataError) -> NoReturn:
     raise error
 

@@ -8,6 +8,7 @@ else is the same tokenizer, so the ids are those it gives, exactly.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from bisect import bisect_left, bisect_right
@@ -46,6 +47,7 @@ class TextEncoder:
     Attributes:
         bos_ids: What the tokenizer puts before a text by itself, often one id or nothing.
         eos_id: The id that ends a text, None where the tokenizer has none.
+        digest: SHA-256 over the tokenizer as it is written to a file.
         control_ids: Ids of all control tokens, and of other tokens that were added to the vocabulary.
 
     Raises:
@@ -63,7 +65,9 @@ class TextEncoder:
                 fix="use a model folder that has a tokenizer.json",
             )
         self.tokenizer = tokenizer
-        state = json.loads(backend.to_str())
+        written = backend.to_str()
+        self.digest = hashlib.sha256(written.encode()).hexdigest()
+        state = json.loads(written)
         controls = {token["content"]: token["id"] for token in state["added_tokens"] if token["special"]}
         self._to_private = {text: chr(_FIRST_CONTROL + index) for index, text in enumerate(controls)}
         self._to_quoted = {text: chr(_FIRST_QUOTED + index) for index, text in enumerate(controls)}

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from graft.adapters.targets import select_targets
 from graft.data.classes import ClassReader
 from graft.data.loader import Batch
 from graft.data.preferences import PLAIN, prepare_pairs
-from graft.data.prepare import Dataset, prepare_splits
+from graft.data.prepare import Dataset, prepare
 from graft.data.report import shorten_sample
+from graft.data.splits import prepare_splits
 from graft.errors import ConfigError
 from graft.evaluate.loss import token_losses
 from graft.models.architecture import context_tokens
@@ -97,7 +99,7 @@ def prepare_data(
             "no training data", where="data.train", fix="--data FILE, or data.train in the config"
         )
     tokenizer = tokenizer or load_tokenizer(config.model.name, config.model.revision)
-    train_data, eval_data = _splits(tokenizer, config)
+    train_data, eval_data = _splits(tokenizer, config, monitor)
     if config.data.chat_template and train_data.report.format in ("text", "prompt_completion", PLAIN):
         raise ConfigError(
             f"a chat template does not act on {train_data.report.format} data",
@@ -118,13 +120,13 @@ def prepare_data(
     return train_data, eval_data
 
 
-def _splits(tokenizer: Any, config: RunConfig) -> tuple[Dataset, Dataset | None]:
+def _splits(tokenizer: Any, config: RunConfig, monitor: Monitor) -> tuple[Dataset, Dataset | None]:
     seed = config.training.seed
     if config.task == "classification":
         return prepare_splits(tokenizer, config.data, seed=seed, read=ClassReader())
     if config.training.loss != "cross_entropy":
         return prepare_splits(tokenizer, config.data, seed=seed, read=prepare_pairs, size=2)
-    return prepare_splits(tokenizer, config.data, seed=seed)
+    return prepare_splits(tokenizer, config.data, seed=seed, read=partial(prepare, listener=monitor))
 
 
 def _describe_data(name: str, data: Dataset) -> str:
