@@ -7,14 +7,13 @@ in memory.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import tempfile
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -308,15 +307,19 @@ class Column:
             return self._memory[begin : begin + count]
         data = bytearray(count)
         try:
-            if files.read_at(self._handle, memoryview(data), begin):
-                raise OSError(errno.EIO, "the file has become shorter")
+            missing = files.read_at(self._handle, memoryview(data), begin)
         except OSError as error:
-            raise StorageError(
-                f"tokens cannot be read: {error.strerror}",
-                where=self._where,
-                fix="start again: they are made anew where the file is damaged",
-            ) from error
+            self._refuse(str(error.strerror), error)
+        if missing:
+            self._refuse("the file has become shorter")
         return data
+
+    def _refuse(self, why: str, error: OSError | None = None) -> NoReturn:
+        raise StorageError(
+            f"tokens cannot be read: {why}",
+            where=self._where,
+            fix="start again: they are made anew where the file is damaged",
+        ) from error
 
     def spilled(self) -> Column:
         """The same bytes in a nameless file."""
