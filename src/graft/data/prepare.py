@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
+from graft.data.columns import check_used, row_text
 from graft.data.config import DataConfig
 from graft.data.formats import Detected, Example, detect, to_example
 from graft.data.masking import Encoder
+from graft.data.quarantine import Quarantine
 from graft.data.report import Report, show_sample
 from graft.data.samples import IGNORED, SPLIT, TRUNCATED, Rejected, Sample
-from graft.data.sources import Row, read_rows
+from graft.data.sources import Row, Source, name_of, read_rows
 from graft.data.templates import read_template
 from graft.errors import DataError
 
@@ -43,8 +45,19 @@ class Dataset:
     labels: tuple[str, ...] = ()
 
 
-Read = Callable[[str, Any, DataConfig, str], Dataset]
-"""What makes samples of a file: its path, an encoder, the settings, "train" or "eval"."""
+class Read(Protocol):
+    """What makes samples of a source, as `prepare` does."""
+
+    def __call__(
+        self,
+        source: Source,
+        tokenizer: Any,
+        config: DataConfig,
+        split: str = "train",
+        quarantine: Quarantine | None = None,
+    ) -> Dataset:
+        """Read a source and encode it."""
+        ...
 
 
 def make_encoder(tokenizer: Any, config: DataConfig) -> Encoder:
@@ -58,51 +71,103 @@ def make_encoder(tokenizer: Any, config: DataConfig) -> Encoder:
     return Encoder(tokenizer, chat_template=source, loss_on=config.loss_on)
 
 
-def prepare(path: str, tokenizer: Any, config: DataConfig, split: str = "train") -> Dataset:
-    """Read a file and encode it.
+def prepare(
+    source: Source,
+    tokenizer: Any,
+    config: DataConfig,
+    split: str = "train",
+    quarantine: Quarantine | None = None,
+) -> Dataset:
+    """Read a source and encode it.
 
     Args:
-        path: The file or directory.
+        source: A file, a directory, a data set of the hub, or rows from Python; see `read_rows`.
         tokenizer: A fast tokenizer of transformers, or an `Encoder`.
         config: Format, length, template and what to do with bad rows.
         split: "train" or "eval": which file of a directory, and what errors call it.
+        quarantine: Receives each row that is left out under skip_invalid.
 
     Raises:
         DataError: A row is wrong (unless skip_invalid), or no row can be learned from; names file and line.
         StorageError: The file cannot be read.
     """
     encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
-    rows, report = read_file(path, config, split)
+    rows, report = read_file(source, config, split, quarantine)
     detected = detect(rows, config.format)
     report.format, report.reason = detected.format, detected.reason
-    examples = _examples(rows, detected, encoder, None if config.skip_invalid else _stop, report)
-    samples = _encode(examples, encoder, config, report)
+    check_used(config.columns, detected.unused(rows[0]), detected.format, report.path)
+    left_out = LeftOut(config, report, quarantine)
+    waiting: deque[Row] = deque()
+    examples = _examples(rows, detected, encoder, left_out, waiting)
+    samples = _encode(examples, waiting, encoder, config, left_out)
     if not samples:
-        refuse_all(path, report.rejected)
+        refuse_all(report.path, report.rejected)
     count_samples(samples, encoder, report)
     _note(report, rows, detected, encoder)
     report.preview = [show_sample(sample, encoder.tokenizer) for sample in samples[:2]]
     return Dataset(samples, report, digest_of(rows))
 
 
-def read_file(path: str, config: DataConfig, split: str) -> tuple[list[Row], Report]:
+class LeftOut:
+    """Where rows go that give no sample: into the report and, under skip_invalid, the quarantine.
+
+    Args:
+        config: Its skip_invalid.
+        report: Of the file.
+        quarantine: Where they are kept, if anywhere.
+    """
+
+    def __init__(self, config: DataConfig, report: Report, quarantine: Quarantine | None) -> None:
+        self.report = report
+        self._skip = config.skip_invalid
+        self._quarantine = quarantine if config.skip_invalid else None
+
+    def add(self, error: DataError, row: str | Row, *, invalid: bool = True) -> None:
+        """Leave a row out.
+
+        Args:
+            error: Why.
+            row: The row, or its text.
+            invalid: Whether it is wrong, rather than of no use: only a wrong row stops the reading.
+
+        Raises:
+            DataError: The row is wrong and skip_invalid is not set.
+        """
+        if invalid and not self._skip:
+            raise error
+        self.report.rejected.append((error.where, error.what))
+        if self._quarantine is not None:
+            self._quarantine.add(error, row if isinstance(row, str) else row_text(row.value))
+
+
+def read_file(
+    source: Source, config: DataConfig, split: str, quarantine: Quarantine | None = None
+) -> tuple[list[Row], Report]:
     """The rows of a file, and a report that says so far how many there are and which cannot be read.
 
     Raises:
         DataError: A row cannot be read (unless skip_invalid), or there is none.
         StorageError: The file cannot be read.
     """
-    invalid: list[DataError] = []
-    reading = read_rows(path, split=split, on_invalid=invalid.append if config.skip_invalid else None)
+    report = Report(name_of(source), "", "")
+    left_out = LeftOut(config, report, quarantine)
+    reading = read_rows(source, split=split, on_invalid=left_out.add, columns=config.columns)
     rows = list(islice(reading, config.limit))
-    rejected = [(error.where, error.what) for error in invalid]
     if not rows:
-        refuse_all(path, rejected)
-    return rows, Report(path, "", "", num_rows=len(rows) + len(invalid), rejected=rejected)
+        refuse_all(report.path, report.rejected)
+    report.num_rows = len(rows) + len(report.rejected)
+    return rows, report
 
 
 def prepare_splits(
-    tokenizer: Any, config: DataConfig, *, seed: int = 0, read: Read = prepare, size: int = 1
+    tokenizer: Any,
+    config: DataConfig,
+    *,
+    seed: int = 0,
+    read: Read = prepare,
+    size: int = 1,
+    given: Mapping[str, Source] | None = None,
+    quarantine: Quarantine | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """Prepare the training data and, where the configuration asks for it, the evaluation data.
 
@@ -112,6 +177,8 @@ def prepare_splits(
         seed: Decides what `eval_fraction` holds out.
         read: What makes samples of a file.
         size: So many samples after one another belong together.
+        given: Rows from Python as "train" and "eval", in the place of what the configuration names.
+        quarantine: Receives each row that is left out under skip_invalid.
 
     Raises:
         DataError: As `prepare`; or no training data is named.
@@ -120,9 +187,10 @@ def prepare_splits(
     if config.train is None:
         raise DataError("no training data is named", where="data.train", fix="give --data FILE or data.train")
     encoder = make_encoder(tokenizer, config)
-    train = read(config.train, encoder, config, "train")
+    given = given or {}
+    train = read(given.get("train", config.train), encoder, config, "train", quarantine)
     if config.eval is not None:
-        held_out = read(config.eval, encoder, config, "eval")
+        held_out = read(given.get("eval", config.eval), encoder, config, "eval", quarantine)
         held_out.report.num_overlap = count_overlap(train.samples, held_out.samples, size)
         if held_out.report.num_overlap:
             shared = f"{held_out.report.num_overlap} of {len(held_out.samples) // size} samples"
@@ -200,36 +268,39 @@ def render_preview(dataset: Dataset, tokenizer: Any, n: int = 2) -> str:
     return "\n\n".join(shown)
 
 
-def _stop(error: DataError) -> None:
-    raise error
-
-
 def _examples(
-    rows: list[Row], detected: Detected, encoder: Encoder, refuse: Any, report: Report
+    rows: list[Row], detected: Detected, encoder: Encoder, left_out: LeftOut, waiting: deque[Row]
 ) -> Iterator[Example]:
     for row in rows:
         try:
-            yield to_example(row, detected, chat=encoder.has_template)
+            example = to_example(row, detected, chat=encoder.has_template)
         except DataError as error:
-            if refuse is not None:
-                refuse(error)
-            report.rejected.append((error.where, error.what))
+            left_out.add(error, row)
+            continue
+        waiting.append(row)
+        yield example
 
 
 def _encode(
-    examples: Iterator[Example], encoder: Encoder, config: DataConfig, report: Report
+    examples: Iterator[Example],
+    waiting: deque[Row],
+    encoder: Encoder,
+    config: DataConfig,
+    left_out: LeftOut,
 ) -> list[Sample]:
+    """Samples of examples; `waiting` has the row of each example that is being encoded."""
+    report = left_out.report
     samples: list[Sample] = []
     remarks: Counter[str] = Counter()
     for found in encoder.encode(examples, config.max_length, config.on_overlong):
+        row = waiting.popleft()
         if isinstance(found, Rejected):
-            if found.invalid and not config.skip_invalid:
-                raise DataError(found.reason, where=found.where, fix=found.fix)
             if config.on_overlong == "error" and found.overlong:
                 raise DataError(
                     found.reason, where=found.where, fix="raise data.max_length, or truncate or drop"
                 )
-            report.rejected.append((found.where, found.reason))
+            told = DataError(found.reason, where=found.where, fix=found.fix)
+            left_out.add(told, row, invalid=found.invalid)
             continue
         report.num_used += 1
         remarks.update(found[0].remarks)
@@ -312,5 +383,6 @@ def digest_of(rows: Sequence[Row]) -> str:
     """SHA-256 over the content of rows."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(row.value, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+        content = json.dumps(row.value, sort_keys=True, ensure_ascii=False, default=repr)
+        digest.update(content.encode() + b"\n")
     return digest.hexdigest()
