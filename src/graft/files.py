@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,11 +33,27 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         StorageError: The disk is full or the place cannot be written; the old file is untouched.
     """
+    write_chunks(path, [data])
+
+
+def write_chunks(path: str | os.PathLike[str], chunks: Iterable[bytes]) -> None:
+    """Write a file from pieces, as `write_bytes` does from a whole.
+
+    Args:
+        path: Where to write; the directory must exist.
+        chunks: The content, piece by piece.
+
+    Raises:
+        StorageError: The disk is full or the place cannot be written; the old file is untouched.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    num_bytes = 0
     try:
         with open(partial, "wb") as file:
-            file.write(data)
+            for chunk in chunks:
+                num_bytes += len(chunk)
+                file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -45,7 +61,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        refuse(error, path, len(data))
+        refuse(error, path, num_bytes)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

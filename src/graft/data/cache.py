@@ -20,8 +20,9 @@ from graft import files
 from graft.data.config import DataConfig
 from graft.data.listener import Listener
 from graft.data.masking import Encoder
+from graft.data.quarantine import Quarantine
 from graft.data.report import Report
-from graft.data.sources import source_files
+from graft.data.sources import Source, name_of, source_files
 from graft.data.store import Store
 
 MIN_BYTES = 16 << 20
@@ -30,6 +31,7 @@ MAX_BYTES = 20 << 30
 """All entries together."""
 
 _DESCRIPTION = "dataset.json"
+_QUARANTINE = "quarantine.jsonl"
 _WITHOUT_EFFECT = (
     "train",
     "eval",
@@ -52,8 +54,8 @@ def default_directory() -> Path:
     return Path(base) / "graft" / "tokens"
 
 
-def entry_for(path: str, encoder: Encoder, config: DataConfig, split: str) -> Entry | None:
-    """The entry for a file; None where nothing is kept.
+def entry_for(source: Source, encoder: Encoder, config: DataConfig, split: str) -> Entry | None:
+    """The entry for a source; None where nothing is kept.
 
     Raises:
         DataError: The kind of file is unknown.
@@ -61,13 +63,13 @@ def entry_for(path: str, encoder: Encoder, config: DataConfig, split: str) -> En
 
     Cost: reads the file once, about a second for a gigabyte.
     """
-    found = source_files(path, split) if config.cache is not False else None
+    found = source_files(source, split) if config.cache is not False else None
     if not found or sum(file.stat().st_size for file in found) < MIN_BYTES:
         return None
     settings = dataclasses.asdict(config)
     key = files.sha256_json(
         {
-            "path": path,
+            "path": name_of(source),
             "files": [[file.name, files.sha256_file(file)] for file in found],
             "split": split,
             "settings": {name: settings[name] for name in settings if name not in _WITHOUT_EFFECT},
@@ -114,8 +116,11 @@ class Entry:
             yield partial
         _make_room(self.path)
 
-    def describe(self, directory: Path, samples: Store, report: Report, digest: str) -> None:
+    def describe(
+        self, directory: Path, samples: Store, report: Report, digest: str, quarantine: Quarantine
+    ) -> None:
         """Write down what a filled directory holds."""
+        quarantine.save(directory / _QUARANTINE)
         report.notes.append(f"tokens kept in {self.path} ({samples.num_bytes / 1e6:,.0f} MB)")
         described = {
             "sizes": samples.sizes(),
@@ -126,8 +131,11 @@ class Entry:
         }
         files.write_json(directory / _DESCRIPTION, described)
 
-    def open(self) -> tuple[Store, Report, str] | None:
+    def open(self, quarantine: Quarantine | None) -> tuple[Store, Report, str] | None:
         """What is kept; None where there is nothing, or only a part of it, which is then removed.
+
+        Args:
+            quarantine: Receives the rows that were left out.
 
         Raises:
             StorageError: It is there and cannot be read or removed.
@@ -147,6 +155,8 @@ class Entry:
             os.utime(self.path / _DESCRIPTION)
             remarks = [tuple(each) for each in found["remarks"]]
             store = Store.opened(self.path, found["token_dtype"], remarks, report.path)
+        if quarantine is not None and (self.path / _QUARANTINE).exists():
+            quarantine.take(self.path / _QUARANTINE)
         return store, report, found["digest"]
 
 

@@ -18,9 +18,11 @@ from graft.data.config import DataConfig
 from graft.data.formats import Example
 from graft.data.listener import SILENT, Listener
 from graft.data.masking import Encoder
-from graft.data.reading import Reading, num_rows, refuse_all
+from graft.data.quarantine import Quarantine
+from graft.data.reading import LeftOut, Reading, num_rows, refuse_all
 from graft.data.report import MAX_PLACES, Report, show_sample
 from graft.data.samples import SPLIT, TRUNCATED, Rejected, Sample
+from graft.data.sources import Row, Source
 from graft.data.store import Store, StoreWriter, figures_of, repeats
 from graft.data.templates import read_template
 from graft.errors import DataError
@@ -29,6 +31,9 @@ CHUNK = 512
 """Rows that are encoded together."""
 WORKERS = 2
 """Chunks that are encoded at a time: while one is in the tokenizer, Python has the other."""
+
+
+Chunk = list[tuple[Row, Example]]
 
 
 @dataclass(frozen=True)
@@ -61,15 +66,22 @@ def make_encoder(tokenizer: Any, config: DataConfig) -> Encoder:
 
 
 def prepare(
-    path: str, tokenizer: Any, config: DataConfig, split: str = "train", *, listener: Listener = SILENT
+    source: Source,
+    tokenizer: Any,
+    config: DataConfig,
+    split: str = "train",
+    quarantine: Quarantine | None = None,
+    *,
+    listener: Listener = SILENT,
 ) -> Dataset:
-    """Read a file and encode it, row by row: rows are not kept, and samples go to files when they are many.
+    """Read a source and encode it, row by row: rows are not kept, and samples go to files when they are many.
 
     Args:
-        path: The file or directory.
+        source: A file, a directory, a data set of the hub, or rows from Python; see `read_rows`.
         tokenizer: A fast tokenizer of transformers, or an `Encoder`.
         config: Format, length, template and what to do with bad rows.
         split: "train" or "eval": which file of a directory, and what errors call it.
+        quarantine: Receives each row that is left out under skip_invalid.
         listener: Is told now and then how far it is.
 
     Raises:
@@ -79,32 +91,39 @@ def prepare(
     Memory: 4 bytes a sample where samples are in files, as they are beyond 64 MiB or in the cache.
     """
     encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
-    entry = entry_for(path, encoder, config, split)
+    build = partial(_build, source, encoder, config, split, listener)
+    entry = entry_for(source, encoder, config, split)
     if entry is None:
-        return Dataset(*_build(path, encoder, config, split, listener, None))
+        return Dataset(*build(quarantine, None))
     with entry.held(listener):
-        found = entry.open()
+        found = entry.open(quarantine)
         if found is None:
-            with entry.filled() as directory:
-                entry.describe(directory, *_build(path, encoder, config, split, listener, directory))
-            found = entry.open()
+            with entry.filled() as directory, Quarantine() as left_out:
+                entry.describe(directory, *build(left_out, directory), left_out)
+            found = entry.open(quarantine)
     assert found is not None
     return Dataset(*found)
 
 
 def _build(
-    path: str, encoder: Encoder, config: DataConfig, split: str, listener: Listener, directory: Path | None
+    source: Source,
+    encoder: Encoder,
+    config: DataConfig,
+    split: str,
+    listener: Listener,
+    quarantine: Quarantine | None,
+    directory: Path | None,
 ) -> tuple[Store, Report, str]:
-    reading = Reading(path, config, split, encoder)
+    reading = Reading(source, config, split, encoder, quarantine)
     report = reading.report
     control_ids = encoder.text.control_ids
     num_ids = max(len(encoder.tokenizer), *(id + 1 for id in control_ids), 1)
     writer = StoreWriter(num_ids, control_ids, directory)
     for sample in _encoded(reading, encoder, config, listener):
-        writer.add(sample, sample.where.removeprefix(path))
+        writer.add(sample, sample.where.removeprefix(report.path))
     if not writer.num_samples:
         refuse_all(report)
-    samples = writer.store(path)
+    samples = writer.store(report.path)
     count_samples(samples, encoder, report)
     _note(report, reading.lost_characters())
     report.preview = [show_sample(sample, encoder.tokenizer) for sample in samples[:2]]
@@ -113,17 +132,17 @@ def _build(
 
 def _encoded(reading: Reading, encoder: Encoder, config: DataConfig, listener: Listener) -> Iterator[Sample]:
     report, remarks = reading.report, Counter[str]()
-    examples = reading.examples()
-    chunks = iter(partial(_chunk, examples), [])
+    chunks = iter(partial(_chunk, reading.examples()), [])
     tokens = 0
 
-    def encode(chunk: list[Example]) -> list[list[Sample] | Rejected]:
-        return list(encoder.encode(chunk, config.max_length, config.on_overlong))
+    def encode(chunk: Chunk) -> list[tuple[Row, list[Sample] | Rejected]]:
+        found = encoder.encode((example for _, example in chunk), config.max_length, config.on_overlong)
+        return list(zip((row for row, _ in chunk), found, strict=True))
 
     for encoded in in_order(encode, chunks, WORKERS):
-        for found in encoded:
+        for row, found in encoded:
             if isinstance(found, Rejected):
-                _reject(found, config, report)
+                _leave_out(found, row, config, reading.left_out)
                 continue
             report.num_used += 1
             remarks.update(found[0].remarks)
@@ -137,16 +156,16 @@ def _encoded(reading: Reading, encoder: Encoder, config: DataConfig, listener: L
     report.notes += [f"{num_rows(count)} {remark}" for remark, count in remarks.items()]
 
 
-def _chunk(examples: Iterator[Example]) -> list[Example]:
+def _chunk(examples: Iterator[tuple[Row, Example]]) -> Chunk:
     return list(islice(examples, CHUNK))
 
 
-def _reject(found: Rejected, config: DataConfig, report: Report) -> None:
-    if found.invalid and not config.skip_invalid:
-        raise DataError(found.reason, where=found.where, fix=found.fix)
+def _leave_out(found: Rejected, row: Row, config: DataConfig, left_out: LeftOut) -> None:
+    error = DataError(found.reason, where=found.where, fix=found.fix)
     if config.on_overlong == "error" and found.overlong:
-        raise DataError(found.reason, where=found.where, fix="raise data.max_length, or truncate or drop")
-    report.reject(found.where, found.reason, overlong=found.overlong)
+        error.fix = "raise data.max_length, or truncate or drop"
+        raise error
+    left_out.add(error, row, invalid=found.invalid, overlong=found.overlong)
 
 
 def count_samples(samples: Sequence[Sample], encoder: Encoder, report: Report, size: int = 1) -> None:

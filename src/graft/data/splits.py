@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,17 +13,38 @@ from numpy.typing import NDArray
 from graft.data.config import DataConfig
 from graft.data.masking import Encoder
 from graft.data.prepare import Dataset, count_samples, make_encoder, prepare
+from graft.data.quarantine import Quarantine
 from graft.data.report import MAX_PLACES, show_sample
 from graft.data.samples import Sample
+from graft.data.sources import Source
 from graft.data.store import chosen, figures_of
 from graft.errors import DataError
 
-Read = Callable[[str, Any, DataConfig, str], Dataset]
-"""What makes samples of a file: its path, an encoder, the settings, "train" or "eval"."""
+
+class Read(Protocol):
+    """What makes samples of a source, as `prepare` does."""
+
+    def __call__(
+        self,
+        source: Source,
+        tokenizer: Any,
+        config: DataConfig,
+        split: str = "train",
+        quarantine: Quarantine | None = None,
+    ) -> Dataset:
+        """Read a source and encode it."""
+        ...
 
 
 def prepare_splits(
-    tokenizer: Any, config: DataConfig, *, seed: int = 0, read: Read = prepare, size: int = 1
+    tokenizer: Any,
+    config: DataConfig,
+    *,
+    seed: int = 0,
+    read: Read = prepare,
+    size: int = 1,
+    given: Mapping[str, Source] | None = None,
+    quarantine: Quarantine | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """Prepare the training data and, where the configuration asks for it, the evaluation data.
 
@@ -33,6 +54,8 @@ def prepare_splits(
         seed: Decides what `eval_fraction` holds out.
         read: What makes samples of a file.
         size: So many samples after one another belong together.
+        given: Rows from Python as "train" and "eval", in the place of what the configuration names.
+        quarantine: Receives each row that is left out under skip_invalid.
 
     Raises:
         DataError: As `prepare`; or no training data is named.
@@ -41,9 +64,10 @@ def prepare_splits(
     if config.train is None:
         raise DataError("no training data is named", where="data.train", fix="give --data FILE or data.train")
     encoder = make_encoder(tokenizer, config)
-    train = read(config.train, encoder, config, "train")
+    given = given or {}
+    train = read(given.get("train", config.train), encoder, config, "train", quarantine)
     if config.eval is not None:
-        held_out = read(config.eval, encoder, config, "eval")
+        held_out = read(given.get("eval", config.eval), encoder, config, "eval", quarantine)
         tell_overlap(train, held_out, encoder, size)
         return train, held_out
     if config.eval_fraction:
