@@ -241,7 +241,7 @@ class Encoder:
                 prompt += next(encoded).ids
             ids = [*prompt, *next(encoded).ids, self._eos()]
             everything = self._loss_on == "all" or isinstance(example, Text)
-            yield Draft(ids, [(0 if everything else len(prompt), len(ids))])
+            yield Draft(ids, [(0 if everything else len(prompt), len(ids))], (), len(self.text.bos_ids))
 
     def _eos(self) -> int:
         if self.text.eos_id is None:

@@ -30,6 +30,7 @@ from graft.data.budget import Meter, SpentError
 MAX_NODES = 20_000
 """Most parts of a template: words, tags, operators. The longest in use have a few thousand."""
 
+_OF_DICTS = frozenset(dir(dict))
 _MAX_DIGITS = 4096
 _MAX_SEPARATOR = 16
 _NESTING = frozenset(("batch", "slice", "groupby", "pprint", "string"))
@@ -45,6 +46,7 @@ class Environment(ImmutableSandboxedEnvironment):
 
     Attributes:
         meter: The budget; `Meter.start` is called before each rendering.
+        shared: What every template finds.
         spans: Where {% generation %} blocks begin and end, while a rendering that asks for them runs.
     """
 
@@ -64,6 +66,7 @@ class Environment(ImmutableSandboxedEnvironment):
             raise_exception=_raise, strftime_now=self._strftime, dict=_Dict(), namespace=_Namespace
         )
         self.filters["tojson"] = _tojson
+        self.shared = dict(self.globals)
         inner = {f"_{name}": getattr(self.meter, name) for name in ("each", "made", "sized", "read")}
         self.filters = {
             name: filter if name in _HARMLESS else self._charged(name, filter)
@@ -72,6 +75,15 @@ class Environment(ImmutableSandboxedEnvironment):
         self.tests = {
             name: self._compared(test) if name in _ORDERED else test for name, test in self.tests.items()
         }
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """What `obj.attribute` is; of a message mostly a key, which is looked up without a detour."""
+        if type(obj) is dict and attribute not in _OF_DICTS:
+            try:
+                return obj[attribute]
+            except KeyError:
+                return self.undefined(obj=obj, name=attribute)
+        return super().getattr(obj, attribute)
 
     def written(self, value: Any) -> str:
         """A value as the template writes it."""
@@ -188,7 +200,7 @@ def render(template: jinja2.Template, values: dict[str, Any], spans: list[tuple[
     environment.spans, environment.pieces = [] if spans is None else spans, None if spans is None else pieces
     try:
         # Outputs are charged as they are written, and a template's own text with each turn of a loop.
-        for piece in template.root_render_func(template.new_context(values)):
+        for piece in template.root_render_func(template.new_context(environment.shared | values, shared=True)):
             pieces.append(piece)  # noqa: PERF402 - a block looks at what stands before it
         return "".join(pieces)
     finally:
