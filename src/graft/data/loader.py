@@ -213,23 +213,28 @@ def collate(
         max_length: The width is not rounded above this.
         first_label: Labels of a sample before this token do not count.
     """
-    lengths = [sum(len(samples[index].input_ids) for index in row) for row in rows]
+    members = [[samples[index] for index in row] for row in rows]
+    lengths = [sum(map(len, row)) for row in members]
     width = _width(max(lengths), max_length)
-    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    labels = torch.full((len(rows), width), IGNORED, dtype=torch.long)
-    position_ids = torch.zeros((len(rows), width), dtype=torch.long)
-    for number, row in enumerate(rows):
+    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
+    position_ids = np.zeros((len(rows), width), dtype=np.int64)
+    for number, row in enumerate(members):
         begin = 0
-        for index in row:
-            sample = samples[index]
-            end = begin + len(sample.input_ids)
-            input_ids[number, begin:end] = torch.tensor(sample.input_ids)
-            learned = torch.tensor(sample.labels[first_label:], dtype=torch.long)
-            labels[number, begin + first_label : end] = learned
-            position_ids[number, begin:end] = torch.arange(end - begin)
+        for sample in row:
+            end = begin + len(sample)
+            input_ids[number, begin:end] = sample.ids
+            position_ids[number, begin:end] = np.arange(end - begin)
+            for first, last in sample.learned:
+                first = max(first, first_label)
+                labels[number, begin + first : begin + last] = sample.labels_in(first, last)
             begin = end
-        position_ids[number, begin:] = torch.arange(width - begin)
-    num_labelled_tokens = int((labels != IGNORED).sum())
+        position_ids[number, begin:] = np.arange(width - begin)
     return Batch(
-        input_ids, position_ids, labels, sum(lengths), num_labelled_tokens, [list(row) for row in rows]
+        torch.from_numpy(input_ids),
+        torch.from_numpy(position_ids),
+        torch.from_numpy(labels),
+        sum(lengths),
+        int((labels != IGNORED).sum()),
+        [list(row) for row in rows],
     )

@@ -149,7 +149,7 @@ def _encoded(reading: Reading, encoder: Encoder, config: DataConfig, listener: L
             if TRUNCATED in found[0].remarks:
                 report.place("truncated", found[0].where)
             yield from found
-            tokens += sum(len(sample.input_ids) for sample in found)
+            tokens += sum(map(len, found))
         listener.preparing(report.num_rows, tokens, reading.share)
     listener.preparing(report.num_rows, tokens, 1.0)
     report.num_split, report.num_truncated = remarks[SPLIT], remarks[TRUNCATED]

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graft import files
-from graft.data.samples import IGNORED, Sample
+from graft.data.samples import Sample
 from graft.errors import StorageError
 
 SPILL_BYTES = 64 << 20
@@ -155,13 +155,11 @@ class Store(Held):
     def sample(self, index: int) -> Sample:
         """The sample at a place from 0 on; three small reads."""
         at = self._read("records", RECORD, index, 1)[0]
-        ids = self._read("tokens", self.token_dtype, int(at["token"]), int(at["tokens"])).tolist()
+        ids = self._read("tokens", self.token_dtype, int(at["token"]), int(at["tokens"]))
         spans = self._read("spans", _SPAN, int(at["span"]), int(at["spans"]))
-        labels = [IGNORED] * len(ids)
-        for begin, end in spans.tolist():
-            labels[begin:end] = ids[begin:end]
         place = self._columns["places"].read(int(at["place"]), int(at["place_bytes"])).decode()
-        return Sample(ids, labels, self._prefix + place, self.remarks[int(at["remark"])])
+        learned = [(begin, end) for begin, end in spans.tolist()]
+        return Sample.of(ids, learned, self._prefix + place, self.remarks[int(at["remark"])])
 
     def figures(self) -> NDArray[Any]:
         """Of each sample its key, tokens, learned tokens and ends; 28 bytes each."""
@@ -219,14 +217,12 @@ class StoreWriter:
             sample: Its labels are its ids where they are learned.
             place: Its place without the prefix that `store` is given.
         """
-        ids, labels = arrays(sample)
-        spans = spans_of(labels)
+        ids, spans = sample.ids, np.asarray(sample.learned, dtype="<i4").reshape(-1, 2)
         name = place.encode("utf-8", "surrogateescape")
         record = np.zeros(1, RECORD)
         record["token"], record["span"], record["place"] = self._ends.values()
-        record["key"] = key_of(ids, labels)
         record["tokens"], record["spans"], record["place_bytes"] = len(ids), len(spans), len(name)
-        record["learned"], record["ends"] = num_learned(spans), num_ends(spans, labels, self._control_ids)
+        record["key"], record["learned"], record["ends"] = told_of(sample, ids, spans, self._control_ids)
         record["remark"] = self.remarks.setdefault(sample.remarks, len(self.remarks))
         kept = (ids.astype(self.token_dtype).tobytes(), spans.tobytes(), name, record.tobytes())
         for column, data in zip(COLUMNS, kept, strict=True):
@@ -329,39 +325,27 @@ class Column:
         return moved
 
 
-def arrays(sample: Sample) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Ids and labels."""
-    return np.asarray(sample.input_ids, dtype=np.int32), np.asarray(sample.labels, dtype=np.int32)
+def told_of(
+    sample: Sample, ids: NDArray[np.int32], spans: NDArray[np.int32], control_ids: Collection[int]
+) -> tuple[NDArray[np.uint64], int, int]:
+    """What is counted of a sample.
 
-
-def spans_of(labels: NDArray[np.int32]) -> NDArray[np.int32]:
-    """(N, 2) begin and end of each run of learned tokens."""
-    learned = np.zeros(len(labels) + 2, dtype=np.int8)
-    learned[1:-1] = labels != IGNORED
-    return np.flatnonzero(np.diff(learned)).astype("<i4").reshape(-1, 2)
-
-
-def num_learned(spans: NDArray[np.int32]) -> int:
-    """Tokens in spans."""
-    return int((spans[:, 1] - spans[:, 0]).sum())
-
-
-def num_ends(spans: NDArray[np.int32], labels: NDArray[np.int32], control_ids: Collection[int]) -> int:
-    """Spans whose last token is a control token."""
-    return sum(label in control_ids for label in labels[spans[:, 1] - 1].tolist())
-
-
-def key_of(ids: NDArray[np.int32], labels: NDArray[np.int32]) -> NDArray[np.uint64]:
-    """128 bits that are the same for samples with equal ids and labels."""
-    digest = hashlib.blake2b(ids.tobytes() + labels.tobytes(), digest_size=16).digest()
-    return np.frombuffer(digest, "<u8")
+    Returns:
+        128 bits that are the same for samples with equal ids and labels; how many tokens are learned; how
+        many learned ranges end with a control token.
+    """
+    last = [int(sample.labels_in(end - 1, end)[0]) for end in spans[:, 1].tolist()]
+    said = ids.tobytes() + spans.tobytes() + np.asarray(last, "<i4").tobytes()
+    key = np.frombuffer(hashlib.blake2b(said, digest_size=16).digest(), "<u8")
+    learned = int((spans[:, 1] - spans[:, 0]).sum())
+    return key, learned, sum(label in control_ids for label in last)
 
 
 def lengths_of(samples: Sequence[Sample]) -> NDArray[np.int32]:
     """Tokens of each sample."""
     if isinstance(samples, Held):
         return samples.lengths
-    return np.fromiter((len(sample.input_ids) for sample in samples), np.int32, len(samples))
+    return np.fromiter((len(sample) for sample in samples), np.int32, len(samples))
 
 
 def figures_of(samples: Sequence[Sample], control_ids: Collection[int]) -> NDArray[Any]:
@@ -370,10 +354,9 @@ def figures_of(samples: Sequence[Sample], control_ids: Collection[int]) -> NDArr
         return samples.figures()
     found = np.zeros(len(samples), dtype=_FIGURES)
     for figure, sample in zip(found, samples, strict=True):
-        ids, labels = arrays(sample)
-        spans = spans_of(labels)
-        figure["key"], figure["tokens"] = key_of(ids, labels), len(ids)
-        figure["learned"], figure["ends"] = num_learned(spans), num_ends(spans, labels, control_ids)
+        ids, spans = sample.ids, np.asarray(sample.learned, dtype="<i4").reshape(-1, 2)
+        figure["tokens"] = len(ids)
+        figure["key"], figure["learned"], figure["ends"] = told_of(sample, ids, spans, control_ids)
     return found
 
 

@@ -21,7 +21,7 @@ CONTROLS = {0, 7}
 def samples(draw: st.DrawFn) -> Sample:
     ids = draw(st.lists(st.integers(0, 65_535), min_size=1, max_size=12))
     learned = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
-    labels = [id if use else IGNORED for id, use in zip(ids, learned, strict=True)]
+    labels = [IGNORED, *(id if use else IGNORED for id, use in zip(ids[1:], learned[1:], strict=True))]
     remarks = draw(st.sampled_from([(), (SPLIT,), (TRUNCATED, SPLIT)]))
     return Sample(ids, labels, f"data/ümlaut.jsonl:{draw(st.integers(1, 10**9))}", remarks)
 
