@@ -17,7 +17,7 @@ Hashes = NDArray[np.uint64]
 Places = NDArray[np.int64]
 
 _BETWEEN, _PART, _ALONE = 0, 1, 2
-_PASSED_OVER = frozenset(".,;:!?'\"`´“”„‘’‚«»…。，、；：！？「」『』")
+PASSED_OVER = frozenset(".,;:!?'\"`´“”„‘’‚«»…。，、；：！？「」『』")
 """Punctuation that no two texts differ by; other signs (operators, currency, #, @) are words of their own."""
 _UNSPACED = (
     (0x0E00, 0x0EFF),  # Thai, Lao
@@ -147,7 +147,7 @@ def _kinds() -> NDArray[np.uint8]:
         category = unicodedata.category(char)[0]
         if category in "LMN":
             kinds[point] = _PART
-        elif category in "SP" and char not in _PASSED_OVER:
+        elif category in "SP" and char not in PASSED_OVER:
             kinds[point] = _ALONE
     for first, last in _UNSPACED:
         inside = kinds[first : last + 1]
