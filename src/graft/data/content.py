@@ -24,7 +24,8 @@ class Content:
         digest: Of all that the example says: prompt, answer, roles, tools; not of where it stands.
         prompt_digest: Of all that stands before the last answer; None for a plain text.
         prompt: The text that is given: the prompt, or all messages that are not the assistant's.
-        answer: The text that is learned: the completion, the assistant's messages, or a plain text.
+        answer: The text that is learned: the completion, the assistant's messages with their tool calls, or a
+            plain text.
     """
 
     where: str
@@ -67,9 +68,12 @@ def _conversation(example: Conversation) -> Content:
 
 
 def _joined(messages: Sequence[Message], *, learned: bool) -> str:
-    texts = [
-        str(message["content"]) for message in messages if message["role"].startswith("assistant") == learned
-    ]
+    texts: list[str] = []
+    for message in messages:
+        if message["role"].startswith("assistant") == learned:
+            texts.append(str(message["content"]))
+            if message.get("tool_calls"):
+                texts.append(json.dumps(message["tool_calls"], ensure_ascii=False, default=repr))
     return "\n".join(texts)
 
 

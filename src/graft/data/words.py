@@ -16,7 +16,7 @@ from graft.data.shuffling import mixed
 Hashes = NDArray[np.uint64]
 Places = NDArray[np.int64]
 
-_BETWEEN, _PART, _ALONE = 0, 1, 2
+_BLANK, _PART, _SIGN, _CHARACTER, _PUNCTUATION = range(5)
 PASSED_OVER = frozenset(".,;:!?'\"`´“”„‘’‚«»…。，、；：！？「」『』")
 """Punctuation that no two texts differ by; other signs (operators, currency, #, @) are words of their own."""
 _UNSPACED = (
@@ -103,7 +103,7 @@ def _windows(kinds: NDArray[np.uint8]) -> list[tuple[int, int]]:
 
 def _words(points: NDArray[np.uint32], kinds: NDArray[np.uint8]) -> tuple[Places, Hashes]:
     """Where each word begins, and its number."""
-    part, alone = kinds == _PART, kinds == _ALONE
+    part, alone = kinds == _PART, (kinds == _SIGN) | (kinds == _CHARACTER)
     starts_here, ends_here = part.copy(), part.copy()
     starts_here[1:] &= ~part[:-1]
     ends_here[:-1] &= ~part[1:]
@@ -138,20 +138,26 @@ def grams(found: Grams, n: int) -> Grams:
     return Grams(mixed(total), starts)
 
 
+def visible_and_letters(points: NDArray[np.uint32]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which characters are seen, and which are letters, marks or digits."""
+    kinds = _kinds()[points]
+    return kinds != _BLANK, (kinds == _PART) | (kinds == _CHARACTER)
+
+
 @cache
 def _kinds() -> NDArray[np.uint8]:
-    """What each code point is: between words, part of one, or one alone."""
+    """What each code point is: nothing visible, part of a word, a word alone, or punctuation."""
     kinds = np.zeros(0x110000, dtype=np.uint8)
     for point in range(0x110000):
         char = chr(point)
         category = unicodedata.category(char)[0]
         if category in "LMN":
             kinds[point] = _PART
-        elif category in "SP" and char not in PASSED_OVER:
-            kinds[point] = _ALONE
+        elif category in "SP":
+            kinds[point] = _PUNCTUATION if char in PASSED_OVER else _SIGN
     for first, last in _UNSPACED:
         inside = kinds[first : last + 1]
-        inside[inside == _PART] = _ALONE
+        inside[inside == _PART] = _CHARACTER
     return kinds
 
 
