@@ -65,9 +65,10 @@ class Overlap:
         """Put evaluation rows into the index."""
         contents = map(content_of, examples)
         while batch := list(islice(contents, BATCH)):
-            self._add(batch)
+            self.add_contents(batch)
 
-    def _add(self, contents: Sequence[Content]) -> None:
+    def add_contents(self, contents: Sequence[Content]) -> None:
+        """The same for what rows say."""
         fresh: dict[bytes, Content] = {}
         digests = as_numbers([content.digest for content in contents])
         for content, known in zip(contents, self._exact.find(digests).tolist(), strict=True):

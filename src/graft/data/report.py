@@ -33,6 +33,9 @@ class Report:
         num_split: Plain texts that were split into several samples.
         num_duplicates: Samples that are equal to an earlier one.
         num_overlap: Samples of an evaluation split that are also in the training split.
+        removed: Rows that were left out though nothing in them is wrong, by reason.
+        places: The first thousand places of what was found, by name: "file:line", or "file:line = file:line" for
+            a row and the one that it repeats.
         notes: What the user should know.
         preview: The first samples, the learned part between ⟦ and ⟧.
     """
@@ -52,6 +55,8 @@ class Report:
     num_split: int = 0
     num_duplicates: int = 0
     num_overlap: int = 0
+    removed: dict[str, int] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     preview: list[str] = field(default_factory=list)
 

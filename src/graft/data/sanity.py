@@ -15,19 +15,9 @@ from numpy.typing import NDArray
 
 from graft.data.content import Content, normalized
 from graft.data.duplicates import MAX_PLACES
-from graft.data.scripts import SCRIPTS, main_scripts, script_names
+from graft.data.findings import FINDINGS
+from graft.data.scripts import main_scripts, script_names
 from graft.data.words import Grams, code_points, grams, visible_and_letters, words
-
-FINDINGS = {
-    "blank_answer": "the answer has no letter and no digit",
-    "copied_prompt": "the answer repeats the prompt",
-    "repetitive": "mostly one stretch of words again and again",
-    "few_letters": "mostly signs, few letters and digits",
-    "mojibake": "broken characters (U+FFFD, or UTF-8 that was read as another encoding)",
-    "placeholder": "a placeholder or leftover markup where the answer should be",
-    "other_script": "in another script than data.scripts",
-}
-"""What is looked for, by name."""
 
 MIN_WORDS = 30
 """Shorter texts repeat words by chance."""
@@ -123,11 +113,6 @@ class Sanity:
                 first = self.script_places[name][0]
                 told.append(f"{_rows(count)} in {name}, most others in {most} (the first: {first})")
         return told
-
-
-def check_scripts(names: Iterable[str]) -> str:
-    """The first name that is no script, or ""."""
-    return next((name for name in names if name not in SCRIPTS), "")
 
 
 def _count(counts: dict[str, int], places: dict[str, list[str]], name: str, where: str) -> None:

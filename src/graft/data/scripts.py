@@ -8,26 +8,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-SCRIPTS = (
-    "Latin",
-    "Greek",
-    "Cyrillic",
-    "Armenian",
-    "Hebrew",
-    "Arabic",
-    "Devanagari",
-    "Bengali",
-    "Tamil",
-    "Telugu",
-    "Thai",
-    "Georgian",
-    "Ethiopic",
-    "Khmer",
-    "Hangul",
-    "Kana",
-    "Han",
-)
-"""Scripts that are told apart, by their Unicode names; Kana is Hiragana and Katakana."""
+from graft.data.findings import SCRIPTS
+
 OTHER = "another script"
 
 _CLASSES = {"Kana": r"[\p{Script=Hiragana}\p{Script=Katakana}]"}

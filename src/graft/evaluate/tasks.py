@@ -133,7 +133,7 @@ def evaluate_file(
     if not rows:
         raise DataError("no row can be evaluated: there are no rows", where=str(path), fix="check the file")
     chat = bool(data.chat_template or tokenizer.chat_template)
-    examples = list(_examples(rows, detect(rows, data.format), chat, refuse))
+    examples = list(_examples(rows, detect(rows, data.format, data.prompt_template), chat, refuse))
     found = evaluate(
         model,
         tokenizer,
