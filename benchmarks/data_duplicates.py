@@ -4,10 +4,11 @@
     python benchmarks/data_duplicates.py --rows 100000 --sample 5000
 
 Rows are instructions with answers of 20 to 60 words, put together from stretches of the texts of
-../shared/datasets/instruct; 5 % repeat an earlier row, 5 % do so with one or two words changed. Each kind runs in
-a process of its own over rows that are made as they are read, as in training; the time of making them is measured
-alone and taken off. Recall and precision are those of pairs: brute-force Jaccard similarity of a sample, found
-through an inverted index of all shingles. The peers get the same shingles of the same sample.
+../shared/datasets/instruct; 5 % repeat an earlier row, 5 % do so with one or two words changed. Each kind
+runs in a process of its own over rows that are made as they are read, as in training; the time of making
+them is measured alone and taken off. Recall and precision are those of pairs: brute-force Jaccard similarity
+of a sample, found through an inverted index of all shingles. The peers get the same shingles of the same
+sample.
 """
 
 from __future__ import annotations
@@ -122,7 +123,9 @@ def true_repeats(sets: list[set[str]]) -> list[bool]:
         shared: Counter[int] = Counter()
         for shingle in one:
             shared.update(rows_of[shingle])
-        found = any(both / (len(one) + len(sets[other]) - both) >= THRESHOLD for other, both in shared.items())
+        found = any(
+            both / (len(one) + len(sets[other]) - both) >= THRESHOLD for other, both in shared.items()
+        )
         repeats.append(found)
         if not found:
             for shingle in one:
@@ -159,12 +162,15 @@ def by_rensa(_: list[str], sets: list[set[str]]) -> list[bool]:
 
 
 def compare(words: list[str], count: int) -> dict[str, dict[str, float]]:
-    """Recall and precision of graft and the peers on a sample; seconds for 100,000 rows, shingles not counted for peers."""
+    """Recall and precision of graft and the peers on a sample; seconds for 100,000 rows, shingles not
+    counted for peers."""
     texts = [" ".join(row) for row in rows(words, count, seed=1)]
     sets = [shingles(text) for text in texts]
     truth = true_repeats(sets)
     ways: dict[str, Callable[[list[str], list[set[str]]], list[bool]]] = {"graft": by_graft}
-    ways |= {name: way for name, way in (("datasketch", by_datasketch), ("rensa", by_rensa)) if find_spec(name)}
+    ways |= {
+        name: way for name, way in (("datasketch", by_datasketch), ("rensa", by_rensa)) if find_spec(name)
+    }
     by_graft(texts[:100], [])  # tables are made once
     figures = {}
     for name, way in ways.items():

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from graft.config import closest
+from graft.data.cleaning import Cleaning
 from graft.data.config import DataConfig
-from graft.data.examples import column_text
+from graft.data.content import Content, content_of
+from graft.data.examples import Pair, column_text
 from graft.data.masking import Encoder
 from graft.data.prepare import (
     Dataset,
@@ -48,7 +50,14 @@ class ClassReader:
     def __init__(self, labels: Sequence[str] = ()) -> None:
         self.labels = tuple(labels)
 
-    def __call__(self, path: str, tokenizer: Any, config: DataConfig, split: str = "train") -> Dataset:
+    def __call__(
+        self,
+        path: str,
+        tokenizer: Any,
+        config: DataConfig,
+        split: str = "train",
+        cleaning: Cleaning | None = None,
+    ) -> Dataset:
         """Read a file and encode it.
 
         Args:
@@ -56,6 +65,7 @@ class ClassReader:
             tokenizer: A fast tokenizer of transformers, or an `Encoder`.
             config: `on_overlong` cuts the end of a text, drops the row, or is an error.
             split: "train" or "eval".
+            cleaning: As of `prepare`.
 
         Raises:
             DataError: A text or a label is wrong (unless skip_invalid), a label is not among those of the
@@ -66,6 +76,8 @@ class ClassReader:
         rows, report = read_file(path, config, split)
         report.format, report.reason = FORMAT, "asked for by the task"
         good = self._checked(rows, config, report)
+        cleaning = cleaning or Cleaning(config)
+        good = list((cleaning.keep if split == "train" else cleaning.index)(good, _content, report))
         if not self.labels:
             self.labels = _labels_of([label for _, _, label in good], path)
         samples = self._encode(good, encoder, config, report)
@@ -147,6 +159,11 @@ class ClassReader:
             f"{encoder.tokenizer.decode(sample.input_ids)} -> {self.labels[sample.labels[-1]]}"
             for sample in samples[:2]
         ]
+
+
+def _content(checked: tuple[Row, str, str]) -> Content:
+    row, text, label = checked
+    return content_of(Pair(text, label, row.where))
 
 
 def label_of(row: Row) -> str:

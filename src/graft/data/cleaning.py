@@ -1,7 +1,7 @@
 """What training rows pass through before they become tokens: odd rows, evaluation data, duplicates.
 
-Nothing is left out that the configuration does not name; what is found is counted and told with its places. The
-evaluation data is only looked at: what it measures stays what it was.
+Nothing is left out that the configuration does not name; what is found is counted and told with its places.
+The evaluation data is only looked at: what it measures stays what it was.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import TypeVar
 
 from graft.data.config import DataConfig
 from graft.data.content import Content
-from graft.data.duplicates import BATCH, MAX_PLACES, Duplicates, Twin
+from graft.data.duplicates import BATCH, Duplicates, Twin
 from graft.data.overlap import Overlap
-from graft.data.report import Report
+from graft.data.report import MAX_PLACES, Report
 from graft.data.sanity import Sanity
 from graft.errors import DataError
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Cleaning:
-    """The filters of one run; training files that are mixed share them, so that duplicates are found across files.
+    """The filters of one run; files that are mixed share them, so that duplicates are found across files.
 
     Args:
         config: What is left out.
@@ -34,7 +34,9 @@ class Cleaning:
 
     def __init__(self, config: DataConfig) -> None:
         self._config = config
-        self._duplicates = Duplicates("near" if config.deduplicate == "near" else "exact", config.near_threshold)
+        self._duplicates = Duplicates(
+            "near" if config.deduplicate == "near" else "exact", config.near_threshold
+        )
         self.overlap: Overlap | None = None
 
     def index(self, items: Iterable[T], content: Callable[[T], Content], report: Report) -> Iterator[T]:
@@ -67,17 +69,20 @@ class Cleaning:
             DataError: A row is in the evaluation data and that is an error; or no row stays.
         """
         sanity, found = Sanity(self._config.scripts), _Found()
-        num_contradictions = self._duplicates.num_contradictions
+        before = self._duplicates.num_contradictions, len(self._duplicates.contradictions)
         num_items = num_kept = 0
         for batch in _batches(items):
             stay = self._stay(batch, list(map(content, batch)), sanity, found)
             num_items, num_kept = num_items + len(batch), num_kept + len(stay)
             yield from stay
-        self._tell(report, sanity, found, self._duplicates.num_contradictions - num_contradictions)
+        self._tell(report, sanity, found)
+        self._tell_contradictions(report, *before)
         if num_items and not num_kept and found.removed:
             told = ", ".join(f"{count:,} {name}" for name, count in found.removed.items())
             raise DataError(
-                f"no row is left after cleaning ({told})", where=report.path, fix="loosen data.deduplicate or data.drop"
+                f"no row is left after cleaning ({told})",
+                where=report.path,
+                fix="loosen data.deduplicate or data.drop",
             )
 
     def _stay(self, batch: list[T], contents: list[Content], sanity: Sanity, found: _Found) -> list[T]:
@@ -107,7 +112,11 @@ class Cleaning:
         *,
         drop: bool,
     ) -> list[int]:
-        """Count rows that repeat others; those that stay."""
+        """Count rows that repeat others; those that stay.
+
+        Raises:
+            DataError: One is in the evaluation data and that is an error.
+        """
         stay = []
         for row, twin in zip(rows, twins, strict=True):
             if twin is None:
@@ -128,7 +137,7 @@ class Cleaning:
                 stay.append(row)
         return stay
 
-    def _tell(self, report: Report, sanity: Sanity, found: _Found, num_contradictions: int) -> None:
+    def _tell(self, report: Report, sanity: Sanity, found: _Found) -> None:
         config = self._config
         report.removed |= dict(found.removed)
         report.places |= found.places
@@ -142,13 +151,16 @@ class Cleaning:
         for name, told in words.items():
             if count := found.counts[name]:
                 done = "left out" if found.removed[name] else "not left out"
-                report.notes.append(f"{_rows(count)} that {told}: {done} (the first: {found.places[name][0]})")
-        if num_contradictions:
-            first = next(iter(self._duplicates.contradictions[-num_contradictions:]), "")
-            report.notes.append(
-                f"{_rows(num_contradictions)} have the prompt of an earlier one and another answer"
-                + (f" (the first: {first})" if first else "")
-            )
+                report.notes.append(
+                    f"{_rows(count)} that {told}: {done} (the first: {found.places[name][0]})"
+                )
+
+    def _tell_contradictions(self, report: Report, num_before: int, num_places: int) -> None:
+        if count := self._duplicates.num_contradictions - num_before:
+            places = self._duplicates.contradictions[num_places:]
+            report.places["contradiction"] = places
+            first = f" (the first: {places[0]})" if places else ""
+            report.notes.append(f"{_rows(count)} with the prompt of an earlier one and another answer{first}")
 
 
 class _Found:

@@ -49,14 +49,15 @@ class DataConfig:
     """Writes the prompt of each row from its columns ("Question: {question}\\nAnswer:"); the answer stands in
     completion, response, answer or output."""
     mix: Mapping[str, float | None] = field(default_factory=dict)
-    """In place of train: several files, each with its weight ({domain.jsonl: 0.7, general.jsonl: 0.3}); without
-    weights (null) their sizes weigh."""
+    """In place of train: several files, each with its weight ({domain.jsonl: 0.7, general.jsonl: 0.3});
+    without weights (null) their sizes weigh."""
     mix_by: Literal["examples", "tokens"] = "examples"
     """What the weights of mix are shares of; an epoch has as many of these as all its files together."""
     mix_temperature: float = 1.0
     """Shares are in proportion to weight^(1/temperature): more than 1 makes them more equal."""
     deduplicate: Literal["no", "exact", "near"] = "no"
-    """Leave out training rows that an earlier one is equal to (exact), or also nearly so (near); no only counts."""
+    """Leave out training rows that an earlier one is equal to (exact), or also nearly so (near); no only
+    counts."""
     near_threshold: float = 0.8
     """Jaccard similarity of word 3-grams from which on rows are near duplicates."""
     overlap: Literal["tell", "drop", "error"] = "tell"
@@ -64,8 +65,8 @@ class DataConfig:
     overlap_by: Literal["exact", "near", "ngrams"] = "exact"
     """Which rows these are: equal ones, near duplicates too, or also those that share 13 words in a row."""
     drop: tuple[Finding, ...] = ()
-    """Leave out training rows with these findings, which are told anyway: blank_answer, copied_prompt, repetitive,
-    few_letters, mojibake, placeholder."""
+    """Leave out training rows with these findings, which are told anyway: blank_answer, copied_prompt,
+    repetitive, few_letters, mojibake, placeholder."""
     scripts: tuple[str, ...] = ()
     """Leave out training rows that are mainly in another script than these: [Latin], [Han, Latin]."""
 
@@ -129,6 +130,9 @@ class DataConfig:
             raise ConfigError(
                 f"mix names only {next(iter(self.mix))}", where="data.mix", fix="use data.train for one file"
             )
+        self._check_weights()
+
+    def _check_weights(self) -> None:
         weights = list(self.mix.values())
         if None in weights and any(weight is not None for weight in weights):
             raise ConfigError(

@@ -49,7 +49,7 @@ def content_of(example: Example) -> Content:
 
 
 def normalized(text: str) -> str:
-    """A text in Unicode's composed form (NFC) with each stretch of white space as one space, none at its ends."""
+    """A text in Unicode's composed form (NFC), each stretch of white space one space, none at its ends."""
     text = " ".join(text.split())
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 

@@ -10,13 +10,11 @@ import numpy as np
 from graft.data.content import Content, content_of
 from graft.data.examples import Example
 from graft.data.near_duplicates import NearIndex
+from graft.data.report import MAX_PLACES
 from graft.data.sorted_index import DigestIndex, Places, as_numbers
 
 BATCH = 2048
 """Examples at a time; more save nothing and hold more memory."""
-
-MAX_PLACES = 1_000
-"""Places that are remembered of what is only told."""
 
 
 class Twin(NamedTuple):
@@ -36,9 +34,10 @@ class Twin(NamedTuple):
 class Duplicates:
     """Remembers examples and finds those that repeat an earlier one.
 
-    Equal are examples whose prompt, answer, roles and tools are the same in Unicode's composed form with white
-    space of any length counted as one space. Near duplicates are alike to a threshold (see `near_duplicates`).
-    An example that repeats another is not remembered: each is compared with the rows that stay.
+    Equal are examples whose prompt, answer, roles and tools are the same in Unicode's composed form with
+    white space of any length counted as one space. Near duplicates are alike to a threshold (see
+    `near_duplicates`). An example that repeats another is not remembered: each is compared with the rows
+    that stay.
 
     Args:
         kind: "exact", or "near" for near duplicates too.
@@ -48,7 +47,8 @@ class Duplicates:
         num_exact: Examples that are equal to an earlier one.
         num_near: Examples that are nearly so.
         num_contradictions: Examples that stay whose prompt an earlier one has too, with another answer.
-        contradictions: The first thousand of these, "file:line = file:line" with the first row of that prompt.
+        contradictions: The first thousand of these, "file:line = file:line" with the first row of that
+            prompt.
 
     Cost: 10 microseconds and 60 bytes a row; for near duplicates 40 microseconds, and 400 bytes of a row of
         50 words.
@@ -62,7 +62,7 @@ class Duplicates:
         self.contradictions: list[str] = []
 
     def find(self, example: Example) -> str | None:
-        """The place of the first row that an example repeats; None, and it is remembered, where there is none.
+        """The place of the row that an example repeats; None, and it is remembered, where there is none.
 
         Cost: 0.3 ms; `find_all` is far cheaper for many.
         """

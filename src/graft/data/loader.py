@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from graft.data.packing import pack
@@ -59,9 +61,10 @@ class Loader:
         kind: "pair": each two samples in a row belong together, batch_size counts pairs where nothing is
             packed, and a packed row holds whole pairs in twice max_length tokens. "class": the label of a
             sample says something of all of it, so that its first token may have it.
+        draw: Gives the indexes of the samples of an epoch, where it has not all of them once.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - plain values, each told above
         self,
         samples: Sequence[Sample],
         batch_size: int,
@@ -71,6 +74,7 @@ class Loader:
         shuffle: bool = True,
         pad_id: int = 0,
         kind: Kind = "text",
+        draw: Callable[[int], NDArray[np.int64]] | None = None,
     ) -> None:
         assert samples, "a loader needs samples"
         assert batch_size > 0
@@ -85,6 +89,7 @@ class Loader:
         self._seed = seed
         self._shuffle = shuffle
         self._pad_id = pad_id
+        self._draw = draw
         self._rows_of: tuple[int, list[list[int]]] = (-1, [])
 
     @property
@@ -92,13 +97,18 @@ class Loader:
         """Neighbouring rows of a batch that may not be parted: 2 where each half of a pair has a row."""
         return 1 if self._packing else self._size
 
+    @property
+    def epochs_differ(self) -> bool:
+        """Whether epochs may have different numbers of batches."""
+        return self._draw is not None
+
     def num_batches(self, epoch: int = 0) -> int:
-        """Batches of an epoch; the same for every epoch."""
+        """Batches of an epoch; the same for every epoch where nothing is drawn."""
         return -(-len(self.rows(epoch)) // self._batch_size)
 
     def rows(self, epoch: int) -> list[list[int]]:
         """The sample indexes of each row of an epoch, in order."""
-        key = epoch if self._shuffle else 0
+        key = epoch if self._shuffle or self._draw else 0
         if self._rows_of[0] != key:
             self._rows_of = (key, self._arrange(key))
         return self._rows_of[1]
@@ -134,7 +144,8 @@ class Loader:
 
     def _arrange(self, epoch: int) -> list[list[int]]:
         size = self._size
-        units = [range(begin, begin + size) for begin in range(0, len(self._samples), size)]
+        drawn = range(len(self._samples)) if self._draw is None else self._draw(epoch).tolist()
+        units = [drawn[begin : begin + size] for begin in range(0, len(drawn), size)]
         order = list(range(len(units)))
         # A string seeds the generator through its digest, the same on every machine.
         generator = random.Random(f"{self._seed}/{epoch}")
@@ -144,12 +155,12 @@ class Loader:
             return [[index] for number in order for index in units[number]]
         lengths = [sum(self._lengths[index] for index in units[number]) for number in order]
         packed = pack(lengths, self._max_length)
-        rows = [[index for place in row for index in units[order[place]]] for row in packed]
+        rows = [[order[place] for place in row] for row in packed]
         if self._shuffle:
             generator.shuffle(rows)
         else:
             rows = sorted(sorted(row) for row in rows)
-        return rows
+        return [[index for number in row for index in units[number]] for row in rows]
 
 
 def rounded_length(length: int) -> int:

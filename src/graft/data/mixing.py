@@ -1,10 +1,12 @@
 """Several sources in stated shares: which samples each epoch has.
 
-Each source is an endless stream: its rows in one order, then in another, each round with every row once. An epoch
-takes from each stream the stretch that its share asks for, where the epoch before it stopped. So no row is drawn
-twice before all of its source were, and which rows an epoch has follows from (seed, epoch) alone.
+Each source is an endless stream: its rows in one order, then in another, each round with every row once. An
+epoch takes from each stream the stretch that its share asks for, where the epoch before it stopped. So no
+row is drawn twice before all of its source were, and which rows an epoch has follows from (seed, epoch)
+alone.
 
-An epoch is as long as all sources together, in rows or in tokens: as much work as training on the plain union.
+An epoch is as long as all sources together, in rows or in tokens: as much work as training on the plain
+union.
 """
 
 from __future__ import annotations
@@ -85,8 +87,8 @@ def shares(
         sizes: Rows or tokens of each.
         temperature: Shares are in proportion to w**(1 / temperature): 1 leaves them, more makes them equal.
 
-    Source: Devlin et al., multilingual BERT (exponent 0.7 on sizes); Conneau and Lample, arXiv:1901.07291, 3.1
-        (0.5); Arivazhagan et al., arXiv:1907.05019, for the temperature.
+    Source: Devlin et al., multilingual BERT (exponent 0.7 on sizes); Conneau and Lample, arXiv:1901.07291,
+        3.1 (0.5); Arivazhagan et al., arXiv:1907.05019, for the temperature.
     """
     given = {name: float(sizes[name] if weight is None else weight) for name, weight in weights.items()}
     largest = max(given.values())
@@ -113,7 +115,11 @@ class Source:
 
     def describe(self) -> str:
         """In words."""
-        often = f"each row {self.rounds:.2f} times an epoch" if self.rounds >= 1 else f"{self.rounds:.1%} of it an epoch"
+        often = (
+            f"each row {self.rounds:.2f} times an epoch"
+            if self.rounds >= 1
+            else f"{self.rounds:.1%} of it an epoch"
+        )
         return f"{self.name}: {self.wanted:.2%} wanted, {self.got:.2%} got, {often}"
 
 
@@ -155,7 +161,7 @@ class Mixture:
         self._wanted = wanted
 
     def __call__(self, epoch: int) -> NDArray[np.int64]:
-        """The indexes of an epoch's samples, sources in turn as their shares say; with repeats where a source is small."""
+        """The indexes of an epoch's samples, sources in turn as their shares say."""
         rows, places, begin = [], [], 0
         for number, measure in enumerate(self._measures):
             row, place = self._drawn(number, epoch)
@@ -173,12 +179,17 @@ class Mixture:
             rows, _ = self._drawn(number, 0)
             taken.append(int(measure[rows].sum()))
         return [
-            Source(name, self._wanted[name], taken[number] / sum(taken), self._quotas[number] / self._totals[number])
+            Source(
+                name,
+                self._wanted[name],
+                taken[number] / sum(taken),
+                self._quotas[number] / self._totals[number],
+            )
             for number, name in enumerate(self._names)
         ]
 
     def _drawn(self, number: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Rows of one source whose first unit lies in the epoch's stretch, and where in the stretch, from 0 to 1."""
+        """Rows of a source whose first unit lies in the epoch's stretch, and where in it, from 0 to 1."""
         measure, total, quota = self._measures[number], self._totals[number], self._quotas[number]
         begin, end = epoch * quota, (epoch + 1) * quota
         rows, places = [], []

@@ -28,12 +28,14 @@ MISSED = 0.005
 """A pair at the threshold may fail to become a candidate at most this often; more alike ones less often."""
 
 SKETCH = 256
-"""Shingles of a part that are kept, the smallest: all of a part of no more words, a random sample otherwise."""
+"""Shingles of a part that are kept, the smallest: all of a part of no more words, a random sample
+otherwise."""
 
 _CANDIDATES = 8
 """Candidates of a row that are compared, those with the most bands in common first."""
 _BUCKET = 4
-"""Rows of one band and run that become candidates: boilerplate that all rows share finds no more than these."""
+"""Rows of one band and run that become candidates: boilerplate that all rows share finds no more than
+these."""
 _PAIRS = 4096
 _HALF = np.uint64(32)
 
@@ -51,11 +53,7 @@ def bands_for(threshold: float) -> tuple[int, int]:
 
     Source: Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4.
     """
-    fitting = [
-        size
-        for size in range(1, 17)
-        if (1 - threshold**size) ** (NUM_HASHES // size) <= MISSED
-    ]
+    fitting = [size for size in range(1, 17) if (1 - threshold**size) ** (NUM_HASHES // size) <= MISSED]
     return NUM_HASHES // fitting[-1], fitting[-1]
 
 
@@ -64,7 +62,8 @@ class Sketches:
     """What is kept of some examples.
 
     Attributes:
-        hashes: The smallest different shingles of each part, ascending: of the first prompt, the first answer, ...
+        hashes: The smallest different shingles of each part, ascending: of the first prompt, the first
+            answer, ...
         sizes: (2n) How many of them each part has.
         counts: (2n) How many different shingles each part has in all.
         keys: (n, bands) 32 bits for each band of the signature.
@@ -95,18 +94,20 @@ class NearIndex:
     Args:
         threshold: Jaccard similarity from which on two examples are near duplicates.
 
-    Cost: about 20 microseconds an example of 50 words. Memory of one: 4 bytes for each different shingle of up
-        to 256 in the prompt and in the answer, and 8 for each band (21 at a threshold of 0.8).
+    Cost: about 20 microseconds an example of 50 words. Memory of one: 4 bytes for each different shingle of
+        up to 256 in the prompt and in the answer, and 8 for each band (21 at a threshold of 0.8).
     Source: Broder, On the resemblance and containment of documents, 1997 (shingles, the smallest hashes as a
-        sample); Indyk and Motwani, 1998 (bands). The similarity of parts of no more than 256 shingles is exact;
-        that of longer ones has a standard error of sqrt(J (1 - J) / 256), 0.025 at 0.8.
+        sample); Indyk and Motwani, 1998 (bands). The similarity of parts of no more than 256 shingles is
+        exact; that of longer ones has a standard error of sqrt(J (1 - J) / 256), 0.025 at 0.8.
     """
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
         self._bands, self._size = bands_for(threshold)
         generator = np.random.Generator(np.random.PCG64(20021219))
-        self._factors = generator.integers(0, 1 << 63, NUM_HASHES, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+        self._factors = generator.integers(0, 1 << 63, NUM_HASHES, dtype=np.uint64) * np.uint64(
+            2
+        ) + np.uint64(1)
         self._index = SortedIndex()
         self._hashes = Column(np.uint32)
         self._ends, self._counts = Column(np.int64), Column(np.int32)
@@ -179,7 +180,7 @@ class NearIndex:
         return found
 
     def _candidates(self, sketches: Sketches, *, among: bool) -> tuple[Numbers, Numbers]:
-        """Pairs of an example and the number of one that may be like it; those of the batch follow the index."""
+        """Pairs of an example and the number of one that may be like it; the batch follows the index."""
         start, filled = len(self), np.flatnonzero(~sketches.empty)
         keys = sketches.keys[filled].ravel()
         owners = np.repeat(filled, self._bands)
@@ -193,7 +194,9 @@ class NearIndex:
             pairs.append((owners[places][before], start + rows[before]))
         left = np.concatenate([one for one, _ in pairs])
         right = np.concatenate([other for _, other in pairs])
-        both, shared = np.unique((left.astype(np.uint64) << _HALF) | right.astype(np.uint64), return_counts=True)
+        both, shared = np.unique(
+            (left.astype(np.uint64) << _HALF) | right.astype(np.uint64), return_counts=True
+        )
         left, right = (both >> _HALF).astype(np.int64), (both & np.uint64(0xFFFFFFFF)).astype(np.int64)
         best = np.lexsort((right, -shared, left))
         left, right = left[best], right[best]

@@ -1,8 +1,8 @@
-"""Training rows that are also in the evaluation data: equal, nearly equal, or sharing a long stretch of words.
+"""Training rows that are also in the evaluation data: equal, nearly so, or sharing a stretch of words.
 
-The evaluation data, which is small, is put into an index; training rows stream past it. A row that is in both makes
-the evaluation look better than the model is, so it is the training row that has to go: the evaluation stays what it
-was, and its losses can be compared with those of other runs.
+The evaluation data, which is small, is put into an index; training rows stream past it. A row that is in
+both makes the evaluation look better than the model is, so it is the training row that has to go: the
+evaluation stays what it was, and its losses can be compared with those of other runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from graft.data.words import Grams, grams, words
 By = Literal["exact", "near", "ngrams"]
 
 NGRAM = 13
-"""Words that training and evaluation texts must share in one stretch (GPT-3, arXiv:2005.14165, appendix C)."""
+"""Words that training and evaluation texts must share in one stretch (GPT-3, arXiv:2005.14165, appendix
+C)."""
 MAX_ROWS = 10
 """An n-gram of more evaluation rows than this is their common wording, not what one of them asks."""
 
@@ -33,9 +34,9 @@ class Overlap:
     """The evaluation data as training rows are compared with it.
 
     Args:
-        by: "exact": equal rows, as `Duplicates` means it. "near": near duplicates too. "ngrams": also rows whose
-            prompt or answer shares `NGRAM` words in a row with the prompt or the answer of an evaluation row; an
-            evaluation text of fewer words is compared as a whole only.
+        by: "exact": equal rows, as `Duplicates` means it. "near": near duplicates too. "ngrams": also rows
+            whose prompt or answer shares `NGRAM` words in a row with the prompt or the answer of an
+            evaluation row; an evaluation text of fewer words is compared as a whole only.
         threshold: Jaccard similarity of near duplicates.
 
     Attributes:

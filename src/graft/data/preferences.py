@@ -6,12 +6,15 @@ messages, in role/content or from/value. Only the answers are learned from.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from graft.data.cleaning import Cleaning
 from graft.data.config import DataConfig
+from graft.data.content import DIGEST_BYTES, Content, content_of
 from graft.data.examples import (
     Conversation,
     Message,
@@ -152,7 +155,9 @@ def _apart(turns: list[Any], row: Row, name: str) -> tuple[list[Any], list[Any]]
     return turns[:common], turns[common:]
 
 
-def prepare_pairs(path: str, tokenizer: Any, config: DataConfig, split: str = "train") -> Dataset:
+def prepare_pairs(
+    path: str, tokenizer: Any, config: DataConfig, split: str = "train", cleaning: Cleaning | None = None
+) -> Dataset:
     """Read a file of preferences and encode it.
 
     Args:
@@ -161,6 +166,7 @@ def prepare_pairs(path: str, tokenizer: Any, config: DataConfig, split: str = "t
         config: `max_length` holds for each answer with its prompt; `on_overlong` truncates both at the
             right, drops the pair, or is an error.
         split: "train" or "eval".
+        cleaning: As of `prepare`.
 
     Returns:
         Samples in twos: chosen, rejected, chosen, ...
@@ -171,7 +177,9 @@ def prepare_pairs(path: str, tokenizer: Any, config: DataConfig, split: str = "t
     """
     encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
     rows, report = read_file(path, config, split)
-    preferences = list(_preferences(rows, encoder, config, report))
+    cleaning = cleaning or Cleaning(config)
+    pass_on = cleaning.keep if split == "train" else cleaning.index
+    preferences = list(pass_on(_preferences(rows, encoder, config, report), _content, report))
     chats = any(isinstance(each.chosen, Conversation) for each in preferences)
     report.format = CHAT if chats else PLAIN
     report.reason = "the columns 'chosen' and 'rejected' are there"
@@ -190,6 +198,14 @@ def prepare_pairs(path: str, tokenizer: Any, config: DataConfig, split: str = "t
         report.notes.append(f"{left} left out, the first: {first}")
     report.preview = [show_sample(sample, encoder.tokenizer) for sample in samples[:2]]
     return Dataset(samples, report, digest_of(rows))
+
+
+def _content(preference: Preference) -> Content:
+    chosen, rejected = content_of(preference.chosen), content_of(preference.rejected)
+    digest = hashlib.blake2b(chosen.digest + rejected.digest, digest_size=DIGEST_BYTES).digest()
+    answers = f"{chosen.answer}\n{rejected.answer}"
+    # Two rankings of one prompt are two comparisons, no contradiction.
+    return Content(preference.where, digest, None, chosen.prompt, answers)
 
 
 def _preferences(

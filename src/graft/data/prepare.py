@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NoReturn
 
+from graft.data.cleaning import Cleaning
 from graft.data.config import DataConfig
+from graft.data.content import content_of
 from graft.data.formats import Detected, Example, detect, to_example
 from graft.data.masking import Encoder
-from graft.data.report import Report, show_sample
+from graft.data.mixing import Joined, Mixture, lengths_of, shares
+from graft.data.report import Report, joined_report, show_sample
 from graft.data.samples import IGNORED, SPLIT, TRUNCATED, Rejected, Sample
 from graft.data.sources import Row, read_rows
 from graft.data.templates import read_template
-from graft.errors import DataError
+from graft.errors import ConfigError, DataError
 
 _NAMED = 3
 """Refused rows that an error names."""
@@ -35,16 +38,19 @@ class Dataset:
         digest: SHA-256 over the content of the rows, the same for the same rows in another encoding or
             with other line ends.
         labels: The classes by number, of texts with a class.
+        mixture: What draws each epoch's samples, where several files are mixed.
     """
 
-    samples: list[Sample]
+    samples: Sequence[Sample]
     report: Report
     digest: str
     labels: tuple[str, ...] = ()
+    mixture: Mixture | None = None
 
 
-Read = Callable[[str, Any, DataConfig, str], Dataset]
-"""What makes samples of a file: its path, an encoder, the settings, "train" or "eval"."""
+Read = Callable[[str, Any, DataConfig, str, Cleaning | None], Dataset]
+"""What makes samples of a file: its path, an encoder, the settings, "train" or "eval", the filters of the
+run."""
 
 
 def make_encoder(tokenizer: Any, config: DataConfig) -> Encoder:
@@ -58,7 +64,9 @@ def make_encoder(tokenizer: Any, config: DataConfig) -> Encoder:
     return Encoder(tokenizer, chat_template=source, loss_on=config.loss_on)
 
 
-def prepare(path: str, tokenizer: Any, config: DataConfig, split: str = "train") -> Dataset:
+def prepare(
+    path: str, tokenizer: Any, config: DataConfig, split: str = "train", cleaning: Cleaning | None = None
+) -> Dataset:
     """Read a file and encode it.
 
     Args:
@@ -66,6 +74,8 @@ def prepare(path: str, tokenizer: Any, config: DataConfig, split: str = "train")
         tokenizer: A fast tokenizer of transformers, or an `Encoder`.
         config: Format, length, template and what to do with bad rows.
         split: "train" or "eval": which file of a directory, and what errors call it.
+        cleaning: What training rows pass through, and evaluation rows are remembered in; own ones if left
+            out.
 
     Raises:
         DataError: A row is wrong (unless skip_invalid), or no row can be learned from; names file and line.
@@ -73,9 +83,11 @@ def prepare(path: str, tokenizer: Any, config: DataConfig, split: str = "train")
     """
     encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
     rows, report = read_file(path, config, split)
-    detected = detect(rows, config.format)
+    detected = detect(rows, config.format, config.prompt_template)
     report.format, report.reason = detected.format, detected.reason
     examples = _examples(rows, detected, encoder, None if config.skip_invalid else _stop, report)
+    cleaning = cleaning or Cleaning(config)
+    examples = (cleaning.keep if split == "train" else cleaning.index)(examples, content_of, report)
     samples = _encode(examples, encoder, config, report)
     if not samples:
         refuse_all(path, report.rejected)
@@ -102,35 +114,66 @@ def read_file(path: str, config: DataConfig, split: str) -> tuple[list[Row], Rep
 
 
 def prepare_splits(
-    tokenizer: Any, config: DataConfig, *, seed: int = 0, read: Read = prepare, size: int = 1
+    tokenizer: Any,
+    config: DataConfig,
+    *,
+    seed: int = 0,
+    read: Read = prepare,
+    size: int = 1,
+    train_first: bool = False,
 ) -> tuple[Dataset, Dataset | None]:
     """Prepare the training data and, where the configuration asks for it, the evaluation data.
 
     Args:
         tokenizer: A fast tokenizer of transformers.
-        config: Must name `train`.
+        config: Must name `train`, or the files of `mix`.
         seed: Decides what `eval_fraction` holds out.
         read: What makes samples of a file.
         size: So many samples after one another belong together.
+        train_first: Whether the evaluation data can be read only after the training data, which then passes
+            by without being compared with it; equal samples are counted afterwards.
 
     Raises:
+        ConfigError: A field does not act on data that is read in this order.
         DataError: As `prepare`; or no training data is named.
         StorageError: A file cannot be read.
     """
-    if config.train is None:
+    if config.train is None and not config.mix:
         raise DataError("no training data is named", where="data.train", fix="give --data FILE or data.train")
-    encoder = make_encoder(tokenizer, config)
-    train = read(config.train, encoder, config, "train")
+    encoder, cleaning = make_encoder(tokenizer, config), Cleaning(config)
+    if train_first:
+        _check_train_first(config)
+    elif config.eval is not None:
+        # First: training rows are compared with it.
+        held_out = read(config.eval, encoder, config, "eval", cleaning)
+    if config.mix:
+        parts = {path: read(path, encoder, config, "train", cleaning) for path in config.mix}
+        train = mixed(parts, config, seed=seed, size=size)
+    else:
+        train = read(str(config.train), encoder, config, "train", cleaning)
     if config.eval is not None:
-        held_out = read(config.eval, encoder, config, "eval")
-        held_out.report.num_overlap = count_overlap(train.samples, held_out.samples, size)
+        if train_first:
+            held_out = read(config.eval, encoder, config, "eval", cleaning)
+            held_out.report.num_overlap = count_overlap(train.samples, held_out.samples, size)
+        else:
+            assert cleaning.overlap is not None
+            held_out.report.num_overlap = cleaning.overlap.num_eval
         if held_out.report.num_overlap:
-            shared = f"{held_out.report.num_overlap} of {len(held_out.samples) // size} samples"
+            shared = f"{held_out.report.num_overlap} of {held_out.report.num_used} rows"
             held_out.report.notes.append(f"{shared} are also in the training data")
         return train, held_out
     if config.eval_fraction:
         return split_eval(train, config.eval_fraction, seed, encoder, size=size)
     return train, None
+
+
+def _check_train_first(config: DataConfig) -> None:
+    usual = DataConfig()
+    for name in ("mix", "overlap", "overlap_by", "prompt_template"):
+        if getattr(config, name) != getattr(usual, name):
+            raise ConfigError(
+                f"data.{name} does not act on texts with a class", where=f"data.{name}", fix="leave it out"
+            )
 
 
 def split_eval(
@@ -188,6 +231,33 @@ def count_overlap(train: Sequence[Sample], held_out: Sequence[Sample], size: int
     """Samples of the second (in units of `size`) that are, token by token, also in the first."""
     known = {tuple(map(_key, unit)) for unit in _units(train, size)}
     return sum(tuple(map(_key, unit)) in known for unit in _units(held_out, size))
+
+
+def mixed(parts: Mapping[str, Dataset], config: DataConfig, *, seed: int = 0, size: int = 1) -> Dataset:
+    """Several files as one data set whose epochs have the shares that the configuration asks for.
+
+    Args:
+        parts: Each file's own, by path.
+        config: Weights, unit and temperature.
+        seed: Decides the order.
+        size: So many samples after one another belong together.
+    """
+    lengths = {path: lengths_of(part.samples) for path, part in parts.items()}
+    sizes = {
+        path: int(tokens.sum()) if config.mix_by == "tokens" else tokens.size // size
+        for path, tokens in lengths.items()
+    }
+    wanted = shares(config.mix, sizes, config.mix_temperature)
+    mixture = Mixture(lengths, wanted, by=config.mix_by, seed=seed, shuffle=config.shuffle, size=size)
+    digest = hashlib.sha256()
+    for path, part in parts.items():
+        digest.update(f"{part.digest} {wanted[path]!r}\n".encode())
+    report = joined_report([part.report for part in parts.values()])
+    report.notes = [
+        f"mixture by {config.mix_by}: {source.describe()}" for source in mixture.sources()
+    ] + report.notes
+    samples = Joined([part.samples for part in parts.values()])
+    return Dataset(samples, report, digest.hexdigest(), mixture=mixture)
 
 
 def _units(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:

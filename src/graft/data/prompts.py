@@ -18,7 +18,7 @@ COMPLETIONS = ("completion", "response", "answer", "output")
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """A text with columns in braces: "Question: {question}\\nAnswer:".
+    r"""A text with columns in braces: "Question: {question}\nAnswer:".
 
     Attributes:
         parts: Plain texts and the column after each; None after the last.
@@ -38,13 +38,17 @@ class PromptTemplate:
         try:
             found = list(string.Formatter().parse(text))
         except ValueError as error:
-            raise _refusal(f"{text!r:.100}: {error}", 'a brace of the text itself is written twice: "{{"') from error
+            raise _refusal(
+                f"{text!r:.100}: {error}", 'a brace of the text itself is written twice: "{{"'
+            ) from error
         for _, name, spec, conversion in found:
             if name is None:
                 continue
             if not name or spec or conversion or any(sign in name for sign in ".[]"):
                 inner = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-                raise _refusal(f"{{{inner}}} is not the name of a column", "write {question}, nothing else inside")
+                raise _refusal(
+                    f"{{{inner}}} is not the name of a column", "write {question}, nothing else inside"
+                )
         columns = tuple(dict.fromkeys(name for _, name, _, _ in found if name))
         if not columns:
             raise _refusal(f"{text!r:.100} names no column", 'write "Question: {question}\\nAnswer:"')
@@ -85,7 +89,7 @@ def completion_of(row: Row) -> str:
     names = list(row.value) if isinstance(row.value, dict) else []
     if any(name in names for name in ("messages", "conversations", "conversation", "chosen")):
         raise DataError(
-            "data.prompt_template acts on rows of columns with text, and the row is a conversation or a preference",
+            "data.prompt_template acts on rows of columns with text; this one is a conversation or preference",
             where=row.where,
             fix="leave data.prompt_template out",
         )

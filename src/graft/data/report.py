@@ -9,6 +9,9 @@ from typing import Any
 
 from graft.data.samples import IGNORED, Sample
 
+MAX_PLACES = 1_000
+"""Places that are remembered of each kind of finding."""
+
 LEARNED_MARKS = ("⟦", "⟧")
 """Stand around what is learned in a shown sample."""
 
@@ -34,8 +37,8 @@ class Report:
         num_duplicates: Samples that are equal to an earlier one.
         num_overlap: Samples of an evaluation split that are also in the training split.
         removed: Rows that were left out though nothing in them is wrong, by reason.
-        places: The first thousand places of what was found, by name: "file:line", or "file:line = file:line" for
-            a row and the one that it repeats.
+        places: The first thousand places of what was found, by name: "file:line", or "file:line = file:line"
+            for a row and the one that it repeats.
         notes: What the user should know.
         preview: The first samples, the learned part between ⟦ and ⟧.
     """
@@ -63,6 +66,29 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
         return asdict(self)
+
+
+_ADDED = tuple(name for name in Report.__dataclass_fields__ if name.startswith("num_"))
+
+
+def joined_report(reports: Sequence[Report]) -> Report:
+    """One report of several files: counts are added, notes name their file."""
+    found = Report(
+        ", ".join(report.path for report in reports),
+        ", ".join(dict.fromkeys(report.format for report in reports)),
+        "each file by its own columns",
+        **{name: sum(getattr(report, name) for report in reports) for name in _ADDED},
+        rejected=[one for report in reports for one in report.rejected],
+        longest_tokens=max(report.longest_tokens for report in reports),
+        notes=[f"{report.path}: {note}" for report in reports for note in report.notes],
+        preview=[report.preview[0] for report in reports if report.preview],
+    )
+    for report in reports:
+        for name, count in report.removed.items():
+            found.removed[name] = found.removed.get(name, 0) + count
+        for name, places in report.places.items():
+            found.places[name] = [*found.places.get(name, []), *places][:MAX_PLACES]
+    return found
 
 
 def show_sample(sample: Sample, tokenizer: Any) -> str:

@@ -1,7 +1,7 @@
 """Rows that are probably not what they should be: empty answers, copies of the prompt, loops, broken text.
 
-Each finding has a name, is told with its places, and removes rows only where `data.drop` names it. None is certain:
-a table of numbers has few letters, a song repeats itself.
+Each finding has a name, is told with its places, and removes rows only where `data.drop` names it. None is
+certain: a table of numbers has few letters, a song repeats itself.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graft.data.content import Content, normalized
-from graft.data.duplicates import MAX_PLACES
 from graft.data.findings import FINDINGS
+from graft.data.report import MAX_PLACES
 from graft.data.scripts import main_scripts, script_names
 from graft.data.words import Grams, code_points, grams, visible_and_letters, words
 
@@ -28,7 +28,9 @@ MIN_SIGNS, MIN_LETTERS = 20, 0.4
 MIN_COPIED = 5
 """Words of a prompt with which an answer must not begin."""
 
-_FOREIGN = "[\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]"
+_FOREIGN = (
+    "[\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]"
+)
 _BROKEN = re.compile(f"\ufffd|[ÂÃâðÐÑ]{_FOREIGN}{{1,3}}")
 _PLACEHOLDER = re.compile(
     r"<\s*no\s*(?:out|in)put\s*>|\blorem ipsum\b|\[(?:insert|your|enter|add)\b[^\]\n]{0,60}\]"
@@ -75,9 +77,7 @@ class Sanity:
             "placeholder": [_placeholder(content.answer) for content in contents],
             "other_script": self._other_script(contents, main_scripts(points, starts)),
         }
-        named = [
-            tuple(name for name in FINDINGS if marks[name][row]) for row in range(len(contents))
-        ]
+        named = [tuple(name for name in FINDINGS if marks[name][row]) for row in range(len(contents))]
         for content, names in zip(contents, named, strict=True):
             for name in names:
                 _count(self.counts, self.places, name, content.where)

@@ -20,15 +20,16 @@ _JAPANESE = 0.05
 def main_scripts(points: NDArray[np.uint32], starts: NDArray[np.int64]) -> NDArray[np.int64]:
     """The script of most letters of each text.
 
-    A text of Han characters and kana counts as Kana. Languages that share a script (English and German) are not
-    told apart, and a text in two scripts counts as that of the larger part.
+    A text of Han characters and kana counts as Kana. Languages that share a script (English and German) are
+    not told apart, and a text in two scripts counts as that of the larger part.
 
     Args:
         points: Code points of texts after one another.
         starts: Where each begins, and where the last ends.
 
     Returns:
-        For each the number of its script in `SCRIPTS`, len(SCRIPTS) for others, -1 for a text without letters.
+        For each the number of its script in `SCRIPTS`, len(SCRIPTS) for others, -1 for a text without
+        letters.
     """
     kinds = _table()[points]
     owners = np.repeat(np.arange(starts.size - 1), np.diff(starts))[: points.size]

@@ -36,7 +36,9 @@ class Column:
         wanted = self._size + len(values)
         if wanted > len(self._values):
             # A quarter more each time: copying stays linear, and little room is left over.
-            grown = np.empty((max(wanted, len(self._values) * 5 // 4), *self._values.shape[1:]), self._values.dtype)
+            grown = np.empty(
+                (max(wanted, len(self._values) * 5 // 4), *self._values.shape[1:]), self._values.dtype
+            )
             grown[: self._size] = self.values
             self._values = grown
         self._values[self._size : wanted] = values
@@ -163,7 +165,13 @@ class Places:
         heads, lines = [], []
         for place in places:
             head, colon, line = place.rpartition(":")
-            plain = bool(colon) and line.isascii() and line.isdecimal() and (line == "0" or line[0] != "0") and len(line) < 19
+            plain = (
+                bool(colon)
+                and line.isascii()
+                and line.isdecimal()
+                and (line == "0" or line[0] != "0")
+                and len(line) < 19
+            )
             name = head if plain else place
             number = self._heads.setdefault(name, len(self._heads))
             if number == len(self._names):

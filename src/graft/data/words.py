@@ -44,7 +44,8 @@ class Grams:
 
     Attributes:
         hashes: Each n-gram as 64 bits; the same words give the same number on every machine.
-        starts: Where each text's n-grams begin in `hashes`, and where the last text's end: one more than texts.
+        starts: Where each text's n-grams begin in `hashes`, and where the last text's end: one more than
+            texts.
     """
 
     hashes: Hashes
@@ -67,8 +68,8 @@ def code_points(texts: Sequence[str]) -> tuple[NDArray[np.uint32], Places]:
 def words(texts: Sequence[str]) -> Grams:
     """The words of texts, in their order.
 
-    A word is a run of letters, marks and digits, in lower case; a sign is a word, the punctuation of sentences is
-    none; scripts without spaces have a word for each character.
+    A word is a run of letters, marks and digits, in lower case; a sign is a word, the punctuation of
+    sentences is none; scripts without spaces have a word for each character.
 
     Args:
         texts: Any.
@@ -109,7 +110,7 @@ def _words(points: NDArray[np.uint32], kinds: NDArray[np.uint8]) -> tuple[Places
     ends_here[:-1] &= ~part[1:]
     starts = np.flatnonzero(starts_here | alone)
     ends = np.flatnonzero(ends_here | alone)
-    # A polynomial in the characters; dividing by the power of its first place makes it forget where it stands.
+    # A polynomial in the characters; divided by the power of its first place, it forgets where it stands.
     powers, inverses = _powers(-(-points.size // _WINDOW))
     sums = np.zeros(points.size + 1, dtype=np.uint64)
     np.cumsum((points + np.uint64(1)) * powers[: points.size], out=sums[1:])
@@ -133,7 +134,9 @@ def grams(found: Grams, n: int) -> Grams:
     total = np.zeros(first.size, dtype=np.uint64)
     for offset in range(n):
         there = first + offset < ends
-        word = found.hashes[np.minimum(first + offset, max(found.hashes.size - 1, 0))] if first.size else total
+        word = (
+            found.hashes[np.minimum(first + offset, max(found.hashes.size - 1, 0))] if first.size else total
+        )
         total += np.where(there, word * np.uint64(pow(_BASE, 2 * offset + 3, 1 << 64)), np.uint64(0))
     return Grams(mixed(total), starts)
 

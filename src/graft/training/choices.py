@@ -30,7 +30,7 @@ METHOD_RATES = {
 }
 """Learning rates of methods whose numbers have to move far; at LoRA's they hardly learn."""
 
-MAY_MOVE = ("output", "model.name", "data.train", "data.eval", "data.chat_template")
+MAY_MOVE = ("output", "model.name", "data.train", "data.mix", "data.eval", "data.chat_template")
 """Fields that say where something lies; what lies there is compared by digest."""
 
 WITHOUT_EFFECT = (
@@ -158,6 +158,7 @@ def make_loader(data: Dataset, config: RunConfig, base: BaseModel, *, train: boo
         shuffle=train and config.data.shuffle,
         pad_id=pad_id,
         kind=sample_kind(config),
+        draw=data.mixture,
     )
 
 

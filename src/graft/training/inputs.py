@@ -51,9 +51,13 @@ def rooted(config: RunConfig) -> RunConfig:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, name=rooted_name(config.model.name)),
-        data=dataclasses.replace(config.data, **places),
+        data=dataclasses.replace(config.data, **places, mix=_rooted_mix(config)),
         training=dataclasses.replace(config.training, **directories),
     )
+
+
+def _rooted_mix(config: RunConfig) -> dict[str, float | None]:
+    return {os.path.abspath(os.path.expanduser(path)): weight for path, weight in config.data.mix.items()}
 
 
 def check_places(config: RunConfig) -> None:
@@ -92,7 +96,7 @@ def prepare_data(
     Raises:
         ConfigError: There is no training data, or a setting has nothing to act on.
     """
-    if not config.data.train:
+    if not config.data.train and not config.data.mix:
         raise ConfigError(
             "no training data", where="data.train", fix="--data FILE, or data.train in the config"
         )
@@ -121,8 +125,14 @@ def prepare_data(
 def _splits(tokenizer: Any, config: RunConfig) -> tuple[Dataset, Dataset | None]:
     seed = config.training.seed
     if config.task == "classification":
-        return prepare_splits(tokenizer, config.data, seed=seed, read=ClassReader())
+        return prepare_splits(tokenizer, config.data, seed=seed, read=ClassReader(), train_first=True)
     if config.training.loss != "cross_entropy":
+        if config.data.prompt_template is not None:
+            raise ConfigError(
+                "data.prompt_template does not act on preferences",
+                where="data.prompt_template",
+                fix="write the prompts into the rows",
+            )
         return prepare_splits(tokenizer, config.data, seed=seed, read=prepare_pairs, size=2)
     return prepare_splits(tokenizer, config.data, seed=seed)
 

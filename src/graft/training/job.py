@@ -68,7 +68,12 @@ def num_steps(loader: Loader, config: TrainingConfig) -> int:
     if config.max_steps is not None:
         return config.max_steps
     whole, part = divmod(config.num_epochs, 1)
-    per_epoch = math.ceil(
-        loader.num_batches() / config.gradient_accumulation_steps
-    )  # the same in every epoch
+
+    def steps_of(epoch: int) -> int:
+        return math.ceil(loader.num_batches(epoch) / config.gradient_accumulation_steps)
+
+    if loader.epochs_differ:
+        steps = sum(map(steps_of, range(int(whole))))
+        return max(1, steps + (math.ceil(steps_of(int(whole)) * part) if part else 0))
+    per_epoch = steps_of(0)
     return max(1, per_epoch * int(whole) + math.ceil(per_epoch * part))

@@ -76,7 +76,10 @@ EQUAL: list[tuple[Example, Example]] = [
     (pair("a", "b", 1), pair("a", "b", 2)),
     (pair("caf\u00e9", " b", 1), pair("cafe\u0301\n", "b  ", 2)),
     (Text("one\r\ntwo", "t:1"), Text("one two\n", "t:2")),
-    (chat([("user", "a"), ("assistant", "b")], 1, [{"x": 1}]), chat([("user", "a"), ("assistant", "b")], 2, [{"x": 1}])),
+    (
+        chat([("user", "a"), ("assistant", "b")], 1, [{"x": 1}]),
+        chat([("user", "a"), ("assistant", "b")], 2, [{"x": 1}]),
+    ),
 ]
 DIFFERENT: list[tuple[Example, Example]] = [
     (pair("a", "b", 1), pair("a", "c", 2)),
@@ -85,13 +88,18 @@ DIFFERENT: list[tuple[Example, Example]] = [
     (pair("1 + 2", "b", 1), pair("1 - 2", "b", 2)),
     (chat([("user", "a"), ("assistant", "b")], 1), chat([("system", "a"), ("assistant", "b")], 2)),
     (chat([("user", "a"), ("assistant", "b")], 1), chat([("user", "a"), ("assistant", "b")], 2, [{"x": 1}])),
-    (Conversation([{"role": "user", "content": "a"}], "c:1"), Conversation([{"role": "user", "content": "a"}], "c:2", None, 1)),
+    (
+        Conversation([{"role": "user", "content": "a"}], "c:1"),
+        Conversation([{"role": "user", "content": "a"}], "c:2", None, 1),
+    ),
 ]
 
 
 @pytest.mark.parametrize("kind", ["exact", "near"])
 @pytest.mark.parametrize(("one", "other"), EQUAL)
-def test_equal_examples_are_found_with_the_place_of_the_first(one: Example, other: Example, kind: Any) -> None:
+def test_equal_examples_are_found_with_the_place_of_the_first(
+    one: Example, other: Example, kind: Any
+) -> None:
     for together in (True, False):
         duplicates = Duplicates(kind)
         if together:
@@ -132,7 +140,11 @@ def test_near_duplicates_are_those_of_brute_force(threshold: float) -> None:
     expected = brute_force(rows, threshold)
     duplicates = Duplicates("near", threshold)
     found = [place for i in range(0, len(rows), 97) for place in duplicates.find_all(rows[i : i + 97])]
-    wrong = [row for row, place in zip(rows, found, strict=True) if place and not brute(row, rows, place, threshold)]
+    wrong = [
+        row
+        for row, place in zip(rows, found, strict=True)
+        if place and not brute(row, rows, place, threshold)
+    ]
     assert not wrong
     missed = sum(bool(e) and not f for e, f in zip(expected, found, strict=True))
     assert sum(map(bool, expected)) > 50
@@ -154,7 +166,9 @@ def test_the_similarity_that_is_told_is_that_of_the_sets() -> None:
 
 def test_a_row_is_compared_with_the_rows_that_stay() -> None:
     words = [f"w{i}" for i in range(60)]
-    rows = [pair("p", " ".join(words[:k] + [f"x{i}" for i in range(60 - k)]), 60 - k) for k in (60, 56, 52, 48)]
+    rows = [
+        pair("p", " ".join(words[:k] + [f"x{i}" for i in range(60 - k)]), 60 - k) for k in (60, 56, 52, 48)
+    ]
     found = Duplicates("near").find_all(rows)
     assert found == brute_force(rows, 0.8)
     assert found[1] == "a.jsonl:0"
@@ -236,7 +250,16 @@ def test_digests_that_share_their_key_are_told_apart() -> None:
 
 
 def test_places_come_back_as_they_were() -> None:
-    names = ["/a/b.jsonl:1", "/a/b.jsonl:10000000000", "c:rows[3]", "12", ":7", "x:007", "/a/b.jsonl:0", "a:²"]
+    names = [
+        "/a/b.jsonl:1",
+        "/a/b.jsonl:10000000000",
+        "c:rows[3]",
+        "12",
+        ":7",
+        "x:007",
+        "/a/b.jsonl:0",
+        "a:²",
+    ]
     places = Places()
     places.extend(names)
     assert [places[i] for i in range(len(names))] == names

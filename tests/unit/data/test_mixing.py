@@ -1,4 +1,5 @@
-"""Mixtures: the shares that were asked for, every row of a round once, epochs that follow from (seed, epoch)."""
+"""Mixtures: the shares that were asked for, every row of a round once, epochs that follow from (seed,
+epoch)."""
 
 from __future__ import annotations
 
@@ -116,7 +117,10 @@ def test_temperature_flattens_weights_and_sizes() -> None:
 
 
 def test_joined_samples_are_those_of_the_parts() -> None:
-    parts = [[Sample([i] * (i + 1), [i] * (i + 1)) for i in range(begin, end)] for begin, end in ((0, 3), (3, 3), (3, 5))]
+    parts = [
+        [Sample([i] * (i + 1), [i] * (i + 1)) for i in range(begin, end)]
+        for begin, end in ((0, 3), (3, 3), (3, 5))
+    ]
     joined, plain = Joined(parts), [sample for part in parts for sample in part]
     assert len(joined) == 5
     assert list(joined) == plain

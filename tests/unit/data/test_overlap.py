@@ -32,7 +32,10 @@ def test_equal_rows_are_found_and_both_sides_counted(by: Any) -> None:
 
 def test_near_rows_are_found_where_asked_for() -> None:
     evaluation = held_out((" ".join(WORDS[:20]), " ".join(WORDS[20:60])), (" ".join(WORDS[:20]), "no"))
-    train = [pair(" ".join(WORDS[:20]), " ".join([*WORDS[20:59], "other"]), 1), pair(" ".join(WORDS[:20]), "yes", 2)]
+    train = [
+        pair(" ".join(WORDS[:20]), " ".join([*WORDS[20:59], "other"]), 1),
+        pair(" ".join(WORDS[:20]), "yes", 2),
+    ]
     for by, expected in (("near", "eval.jsonl:1"), ("exact", None)):
         overlap = Overlap(by)  # type: ignore[arg-type]
         overlap.add(evaluation)

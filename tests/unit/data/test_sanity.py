@@ -17,8 +17,19 @@ ODD = {
     "copied_prompt": [QUESTION, QUESTION + "\n", QUESTION + " Paris.", "  " + QUESTION.replace(" ", "  ")],
     "repetitive": ["I do not know what to say. " * 12, "ha " * 40],
     "few_letters": ["".join(random.Random(1).choices("=|-+*/<>#@$%^&~_", k=90)) + " ab"],
-    "mojibake": ["caf" + "é".encode().decode("latin-1"), "it" + "’".encode().decode("cp1252") + "s", "a\ufffdb"],
-    "placeholder": ["N/A", "<nooutput>", "Dear [Insert name],", "Lorem ipsum dolor", "Tom &amp; Jerry", "{{answer}}"],
+    "mojibake": [
+        "caf" + "é".encode().decode("latin-1"),
+        "it" + "’".encode().decode("cp1252") + "s",
+        "a\ufffdb",
+    ],
+    "placeholder": [
+        "N/A",
+        "<nooutput>",
+        "Dear [Insert name],",
+        "Lorem ipsum dolor",
+        "Tom &amp; Jerry",
+        "{{answer}}",
+    ],
 }
 SOUND = [
     "Paris.",
@@ -40,7 +51,9 @@ def findings(example: Example) -> tuple[str, ...]:
     return Sanity().look([content_of(example)])[0]
 
 
-@pytest.mark.parametrize(("name", "answer"), [(name, answer) for name, answers in ODD.items() for answer in answers])
+@pytest.mark.parametrize(
+    ("name", "answer"), [(name, answer) for name, answers in ODD.items() for answer in answers]
+)
 def test_odd_answers_are_found_by_name(name: str, answer: str) -> None:
     assert findings(Pair(QUESTION, answer, "a:1")) == (name,)
 
@@ -64,7 +77,12 @@ def test_an_answer_of_tool_calls_alone_is_no_empty_one() -> None:
 def test_findings_are_counted_and_told_with_their_first_place() -> None:
     sanity = Sanity()
     rows = [Pair("q", "ok", "a:1"), Pair("q", "", "a:2"), Pair("q", "N/A", "a:3"), Pair("q", " ", "a:4")]
-    assert sanity.look(list(map(content_of, rows))) == [(), ("blank_answer",), ("placeholder",), ("blank_answer",)]
+    assert sanity.look(list(map(content_of, rows))) == [
+        (),
+        ("blank_answer",),
+        ("placeholder",),
+        ("blank_answer",),
+    ]
     assert sanity.places["blank_answer"] == ["a:2", "a:4"]
     assert sanity.counts["blank_answer"] == 2
     told = sanity.told(dropped=["blank_answer"])

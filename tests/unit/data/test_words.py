@@ -11,7 +11,16 @@ import pytest
 from graft.data import words as module
 from graft.data.words import Grams, grams, words
 
-TEXTS = ["Hello, World!", "", "one", "hello world", "  Tab\tand\nline  ", "x+y = 3.14", "你好 世界", "naïve Straße"]
+TEXTS = [
+    "Hello, World!",
+    "",
+    "one",
+    "hello world",
+    "  Tab\tand\nline  ",
+    "x+y = 3.14",
+    "你好 世界",
+    "naïve Straße",
+]
 
 
 def of_each(found: Grams) -> list[list[int]]:
@@ -25,7 +34,11 @@ def plain_words(text: str) -> list[str]:
 
 def same_pattern(hashes: Sequence[Sequence[int]], texts: Sequence[Sequence[object]]) -> bool:
     """Whether numbers are equal exactly where the things are."""
-    flat = [(number, thing) for row, things in zip(hashes, texts, strict=True) for number, thing in zip(row, things, strict=True)]
+    flat = [
+        (number, thing)
+        for row, things in zip(hashes, texts, strict=True)
+        for number, thing in zip(row, things, strict=True)
+    ]
     return len(set(flat)) == len({number for number, _ in flat}) == len({thing for _, thing in flat})
 
 
