@@ -11,6 +11,7 @@ import pytest
 
 from graft.data.mixing import Joined, Mixture, shares
 from graft.data.samples import Sample
+from graft.data.store import held
 
 SIZES = {"domain": 30, "general": 170}
 
@@ -121,7 +122,7 @@ def test_joined_samples_are_those_of_the_parts() -> None:
         [Sample([i] * (i + 1), [i] * (i + 1)) for i in range(begin, end)]
         for begin, end in ((0, 3), (3, 3), (3, 5))
     ]
-    joined, plain = Joined(parts), [sample for part in parts for sample in part]
+    joined, plain = Joined([held(part) for part in parts]), [sample for part in parts for sample in part]
     assert len(joined) == 5
     assert list(joined) == plain
     assert [joined[i] for i in range(-5, 5)] == [plain[i] for i in range(-5, 5)]
