@@ -21,11 +21,10 @@ from graft.data.prepare import (
     count_samples,
     digest_of,
     make_encoder,
-    num_rows,
     read_file,
     refuse_all,
 )
-from graft.data.report import Report
+from graft.data.report import Report, num_rows
 from graft.data.samples import IGNORED, Sample
 from graft.data.sources import Row
 from graft.data.tokens import private_character

@@ -15,11 +15,17 @@ from graft.data.config import DataConfig
 from graft.data.content import Content
 from graft.data.duplicates import BATCH, Duplicates, Twin
 from graft.data.overlap import Overlap
-from graft.data.report import MAX_PLACES, Report
+from graft.data.report import MAX_PLACES, Report, num_rows
 from graft.data.sanity import Sanity
 from graft.errors import DataError
 
 T = TypeVar("T")
+
+_TOLD = {
+    "overlap": ("is also in the evaluation data", "are also in the evaluation data"),
+    "duplicate": ("says what an earlier one says", "say what an earlier one says"),
+    "near_duplicate": ("says nearly what an earlier one says", "say nearly what an earlier one says"),
+}
 
 
 class Cleaning:
@@ -143,24 +149,21 @@ class Cleaning:
         report.places |= found.places
         report.places |= {name: places for name, places in sanity.places.items() if places}
         report.notes += sanity.told({*config.drop, "other_script"})
-        words = {
-            "overlap": "are also in the evaluation data",
-            "duplicate": "say what an earlier one says",
-            "near_duplicate": "say nearly what an earlier one says",
-        }
-        for name, told in words.items():
+        for name, (one, several) in _TOLD.items():
             if count := found.counts[name]:
+                told = f"{num_rows(count)} {one if count == 1 else several}"
                 done = "left out" if found.removed[name] else "not left out"
-                report.notes.append(
-                    f"{_rows(count)} that {told}: {done} (the first: {found.places[name][0]})"
-                )
+                report.notes.append(f"{told}: {done} (the first: {found.places[name][0]})")
 
     def _tell_contradictions(self, report: Report, num_before: int, num_places: int) -> None:
         if count := self._duplicates.num_contradictions - num_before:
             places = self._duplicates.contradictions[num_places:]
             report.places["contradiction"] = places
             first = f" (the first: {places[0]})" if places else ""
-            report.notes.append(f"{_rows(count)} with the prompt of an earlier one and another answer{first}")
+            have = "has" if count == 1 else "have"
+            report.notes.append(
+                f"{num_rows(count)} {have} the prompt of an earlier one and another answer{first}"
+            )
 
 
 class _Found:
@@ -182,7 +185,3 @@ def _batches(items: Iterable[T]) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(islice(iterator, BATCH)):
         yield batch
-
-
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count:,} rows"

@@ -31,11 +31,10 @@ from graft.data.prepare import (
     count_samples,
     digest_of,
     make_encoder,
-    num_rows,
     read_file,
     refuse_all,
 )
-from graft.data.report import Report, show_sample
+from graft.data.report import Report, num_rows, show_sample
 from graft.data.samples import TRUNCATED, Rejected, Sample
 from graft.data.sources import Row
 from graft.errors import DataError

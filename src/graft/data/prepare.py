@@ -16,7 +16,7 @@ from graft.data.content import content_of
 from graft.data.formats import Detected, Example, detect, to_example
 from graft.data.masking import Encoder
 from graft.data.mixing import Joined, Mixture, lengths_of, shares
-from graft.data.report import Report, joined_report, show_sample
+from graft.data.report import Report, joined_report, num_rows, show_sample
 from graft.data.samples import IGNORED, SPLIT, TRUNCATED, Rejected, Sample
 from graft.data.sources import Row, read_rows
 from graft.data.templates import read_template
@@ -350,11 +350,6 @@ def _characters(value: Any) -> set[str]:
         return set(value)
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return set().union(*map(_characters, parts))
-
-
-def num_rows(count: int) -> str:
-    """A count with its noun: "1 row", "2 rows"."""
-    return "1 row" if count == 1 else f"{count:,} rows"
 
 
 def refuse_all(path: str, rejected: list[tuple[str, str]]) -> NoReturn:

@@ -63,6 +63,10 @@ class Job:
     steering: Steering | None = None
 
 
+MOST_COUNTED = 100
+"""Epochs whose batches are counted where they differ; more are as long as these on average."""
+
+
 def num_steps(loader: Loader, config: TrainingConfig) -> int:
     """Optimizer steps of a whole run; a part of an epoch is rounded up to whole steps."""
     if config.max_steps is not None:
@@ -73,7 +77,8 @@ def num_steps(loader: Loader, config: TrainingConfig) -> int:
         return math.ceil(loader.num_batches(epoch) / config.gradient_accumulation_steps)
 
     if loader.epochs_differ:
-        steps = sum(map(steps_of, range(int(whole))))
+        seen = [steps_of(epoch) for epoch in range(min(int(whole), MOST_COUNTED))]
+        steps = round(sum(seen) * int(whole) / len(seen)) if seen else 0
         return max(1, steps + (math.ceil(steps_of(int(whole)) * part) if part else 0))
     per_epoch = steps_of(0)
     return max(1, per_epoch * int(whole) + math.ceil(per_epoch * part))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,3 +66,27 @@ def test_the_width_of_a_batch_stays_within_max_length() -> None:
     samples = [Sample(list(range(100)), [-100, *range(1, 100)])]
     assert next(Loader(samples, 1, 100, packing=True).epoch(0)).input_ids.shape == (1, 100)
     assert next(Loader(samples, 1, 512, packing=True).epoch(0)).input_ids.shape == (1, rounded_length(100))
+
+
+def test_drawn_samples_are_those_of_the_epoch_with_their_repeats() -> None:
+    rows = samples(3, 2, 4, 5)
+    drawn = {0: [2, 0, 0, 3], 1: [1, 1, 1, 1, 1, 0]}
+    for packing, shuffle in [(True, True), (True, False), (False, True), (False, False)]:
+        loader = Loader(rows, 2, 9, packing, shuffle=shuffle, draw=lambda epoch: np.array(drawn[epoch]))
+        for epoch in (0, 1, 0):
+            found = [index for row in order(loader, epoch) for index in row]
+            assert sorted(found) == sorted(drawn[epoch])
+            assert loader.num_batches(epoch) == len(list(loader.epoch(epoch)))
+        if not packing and not shuffle:
+            assert order(loader, 0) == [[2], [0], [0], [3]]
+            assert (loader.num_batches(0), loader.num_batches(1)) == (2, 3)
+    assert loader.epochs_differ
+    assert not Loader(rows, 2, 9, packing=True).epochs_differ
+
+
+def test_drawn_pairs_stay_together() -> None:
+    loader = Loader(
+        samples(3, 3, 2, 2), 1, 6, packing=True, kind="pair", draw=lambda _: np.array([2, 3, 0, 1, 2, 3])
+    )
+    for row in order(loader, 0):
+        assert all(second == first + 1 for first, second in zip(row[::2], row[1::2], strict=True))
