@@ -19,8 +19,8 @@ from graft.data.examples import Pair, column_text
 from graft.data.masking import Encoder
 from graft.data.prepare import Dataset, count_samples, make_encoder
 from graft.data.quarantine import Quarantine
-from graft.data.reading import LeftOut, num_rows, read_file, refuse_all
-from graft.data.report import Report
+from graft.data.reading import LeftOut, read_file, refuse_all
+from graft.data.report import Report, num_rows
 from graft.data.samples import IGNORED, Sample
 from graft.data.sources import Row, Source
 from graft.data.tokens import private_character

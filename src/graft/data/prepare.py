@@ -21,8 +21,8 @@ from graft.data.formats import Example
 from graft.data.listener import SILENT, Listener
 from graft.data.masking import Encoder
 from graft.data.quarantine import Quarantine
-from graft.data.reading import LeftOut, Reading, num_rows, refuse_all
-from graft.data.report import Report, show_sample
+from graft.data.reading import LeftOut, Reading, refuse_all
+from graft.data.report import Report, num_rows, show_sample
 from graft.data.samples import SPLIT, TRUNCATED, Rejected, Sample
 from graft.data.sources import Row, Source
 from graft.data.store import Store, StoreWriter, figures_of, repeats
@@ -98,7 +98,7 @@ def prepare(
     encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
     cleaning = cleaning or Cleaning(config)
     build = partial(_build, source, encoder, config, split, cleaning, listener)
-    entry = entry_for(source, encoder, config, split, cleaning.seen)
+    entry = entry_for(source, encoder, config, split, cleaning.seen if cleaning.compares else ())
     found = build(quarantine, None) if entry is None else None
     if entry is not None:
         with entry.held(listener):

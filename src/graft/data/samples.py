@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ SPLIT = "split into consecutive samples of max_length tokens, being plain text"
 END_ADDED = "ended with the end-of-text token, because the chat template closes answers with no control token"
 CONTROL_AS_TEXT = "spelling a control token, which was read as plain text"
 
+
+Kind = Literal["text", "pair", "class"]
+"""What samples are: texts, halves of preference pairs, texts with a class."""
 
 Range = tuple[int, int]
 """Tokens from the first to before the second."""

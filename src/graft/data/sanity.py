@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from graft.data.content import Content, normalized
 from graft.data.findings import FINDINGS
-from graft.data.report import MAX_PLACES
+from graft.data.report import MAX_PLACES, num_rows
 from graft.data.scripts import main_scripts, script_names
 from graft.data.words import Grams, code_points, grams, visible_and_letters, words
 
@@ -100,7 +100,7 @@ class Sanity:
         """
         left = frozenset(dropped)
         told = [
-            f"{_rows(count)} {'left out: ' if name in left else ''}{FINDINGS[name]} ({name}; the first: "
+            f"{num_rows(count)}{' left out' if name in left else ''}: {FINDINGS[name]} ({name}; the first: "
             f"{self.places[name][0]})"
             for name, count in self.counts.items()
             if count
@@ -111,7 +111,7 @@ class Sanity:
             # A tenth or more is no slip but a part of the data.
             if not self._allowed and name != most and count < total / 10:
                 first = self.script_places[name][0]
-                told.append(f"{_rows(count)} in {name}, most others in {most} (the first: {first})")
+                told.append(f"{num_rows(count)} in {name}, most others in {most} (the first: {first})")
         return told
 
 
@@ -120,10 +120,6 @@ def _count(counts: dict[str, int], places: dict[str, list[str]], name: str, wher
     kept = places.setdefault(name, [])
     if len(kept) < MAX_PLACES:
         kept.append(where)
-
-
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count:,} rows"
 
 
 def _copied(content: Content) -> bool:

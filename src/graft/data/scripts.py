@@ -52,7 +52,7 @@ def script_names(numbers: Sequence[int]) -> list[str]:
 @cache
 def _table() -> NDArray[np.uint8]:
     """For each code point 0, or 1 and the number of the script of this letter."""
-    import regex
+    import regex  # type: ignore[import-untyped]
 
     every = "".join(map(chr, (point for point in range(0x110000) if not 0xD800 <= point <= 0xDFFF)))
     points = np.frombuffer(every.encode("utf-32-le"), dtype="<u4")
