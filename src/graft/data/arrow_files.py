@@ -20,8 +20,8 @@ BATCH_ROWS = 1024
 def read_parquet(path: Path, refuse: Refuse) -> Iterator[Row]:
     """Read a .parquet file.
 
-    Texts, numbers, lists and objects are what they are in JSON; dates, times and decimal numbers become texts;
-    binary columns stay bytes, which no text column may be.
+    Texts, numbers, lists and objects are what they are in JSON; dates, times and decimal numbers become
+    texts; binary columns stay bytes, which no text column may be.
 
     Args:
         path: The file.
@@ -114,7 +114,7 @@ def _pyarrow(path: Path) -> Any:
 
 @contextmanager
 def _reading(path: Path, pyarrow: Any) -> Iterator[None]:
-    """Tell errors of pyarrow as errors of the file."""
+    # Tells errors of pyarrow as errors of the file.
     try:
         with open(path, "rb"):  # pyarrow's own message for a file that may not be read is no use
             pass

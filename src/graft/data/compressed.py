@@ -32,7 +32,7 @@ _FOREIGN = (
     (b"\xfe\xff", "UTF-16", "save it as UTF-8"),
 )
 
-_WIDE = {
+_WIDE: dict[tuple[bool, ...], str] = {
     (False, True, False, True): "UTF-16",
     (True, False, True, False): "UTF-16",
     (False, True, True, True): "UTF-32",
@@ -59,13 +59,12 @@ def open_bytes(path: Path) -> io.BufferedReader:
     Cost: a fixed buffer, however much a packed file unpacks to.
     """
     try:
-        file = open(path, "rb", buffering=BUFFER_BYTES, opener=_open_ordinary)
+        plain = open(path, "rb", buffering=BUFFER_BYTES, opener=_open_ordinary)  # noqa: SIM115 - the caller's
     except OSError as error:
         raise StorageError(
             f"cannot be read: {error.strerror}", where=str(path), fix="check the path"
         ) from error
-    if is_gzip(path):
-        file = io.BufferedReader(_Unpacked(file, path), BUFFER_BYTES)
+    file: Any = io.BufferedReader(_Unpacked(plain, path), BUFFER_BYTES) if is_gzip(path) else plain
     with contextlib.ExitStack() as stack:
         stack.push(file)
         begin = file.peek(_BEGIN_BYTES)[:_BEGIN_BYTES]
@@ -73,7 +72,8 @@ def open_bytes(path: Path) -> io.BufferedReader:
         if begin.startswith(_MARK):
             file.read(len(_MARK))
         stack.pop_all()
-    return file
+    opened: io.BufferedReader = file
+    return opened
 
 
 def open_text(path: Path) -> io.TextIOWrapper:

@@ -24,7 +24,6 @@ from graft.data.examples import (
 )
 from graft.data.formats import PROMPTS, Example, Pair
 from graft.data.masking import Encoder
-from graft.data.quarantine import Quarantine
 from graft.data.prepare import (
     Dataset,
     LeftOut,
@@ -35,7 +34,8 @@ from graft.data.prepare import (
     read_file,
     refuse_all,
 )
-from graft.data.report import Report, show_sample
+from graft.data.quarantine import Quarantine
+from graft.data.report import show_sample
 from graft.data.samples import TRUNCATED, Rejected, Sample
 from graft.data.sources import Row, Source
 from graft.errors import DataError

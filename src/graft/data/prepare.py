@@ -288,7 +288,7 @@ def _encode(
     config: DataConfig,
     left_out: LeftOut,
 ) -> list[Sample]:
-    """Samples of examples; `waiting` has the row of each example that is being encoded."""
+    # `waiting` has the row of each example that is being encoded.
     report = left_out.report
     samples: list[Sample] = []
     remarks: Counter[str] = Counter()

@@ -48,7 +48,7 @@ def stop(error: DataError, raw: str) -> NoReturn:
 
 
 def shown(raw: bytes) -> str:
-    """Bytes as text, those that are not UTF-8 written as \\xff."""
+    """Bytes as text, those that are not UTF-8 written as escapes."""
     return raw.decode("utf-8", "backslashreplace")
 
 

@@ -15,8 +15,8 @@ from graft.errors import DataError
 def read_table(path: Path, refuse: Refuse) -> Iterator[Row]:
     """Read a .csv or .tsv file.
 
-    Lines inside quotes belong to their cell, with LF between them. After a row whose quotes are wrong the next
-    line begins a new row.
+    Lines inside quotes belong to their cell, with LF between them. After a row whose quotes are wrong the
+    next line begins a new row.
 
     Args:
         path: The file; also packed.
@@ -43,14 +43,15 @@ def read_table(path: Path, refuse: Refuse) -> Iterator[Row]:
             lines.begin()
             try:
                 cells = _next(rows, lines)
-                if cells is None:
-                    return
-                if len(cells) == width:
-                    yield Row(dict(zip(names, cells, strict=True)), f"{path}:{line}")
-                elif cells:
-                    raise _uneven(cells, names, f"{path}:{line}:1")
             except DataError as error:
                 refuse(error, unescaped(lines.raw()))
+                continue
+            if cells is None:
+                return
+            if len(cells) == width:
+                yield Row(dict(zip(names, cells, strict=True)), f"{path}:{line}")
+            elif cells:
+                refuse(_uneven(cells, names, f"{path}:{line}:1"), unescaped(lines.raw()))
 
 
 class _Lines:

@@ -20,9 +20,9 @@ def read_document(path: Path, refuse: Refuse) -> Iterator[Row]:
         refuse: Receives a document that is no text.
 
     Yields:
-        The whole text; of a file of more than DOCUMENT_CHARACTERS one document after another, cut at line ends
-        (at exactly that length where there is none), each with the line in which it begins. A document of
-        nothing but space is left out.
+        The whole text; of a file of more than DOCUMENT_CHARACTERS one document after another, cut at line
+        ends (at exactly that length where there is none), each with the line in which it begins. A document
+        of nothing but space is left out.
 
     Raises:
         DataError: `refuse` raises it; or the file is packed and damaged.
