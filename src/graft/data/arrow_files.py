@@ -9,6 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from graft.data.compressed import open_ordinary
 from graft.data.rows import Refuse, Row, check_text
 from graft.errors import DataError, StorageError
 from graft.files import read_json
@@ -116,7 +117,7 @@ def _pyarrow(path: Path) -> Any:
 def _reading(path: Path, pyarrow: Any) -> Iterator[None]:
     # Tells errors of pyarrow as errors of the file.
     try:
-        with open(path, "rb"):  # pyarrow's own message for a file that may not be read is no use
+        with open(path, "rb", opener=open_ordinary):  # pyarrow would wait for a pipe
             pass
         yield
     except pyarrow.ArrowException as error:

@@ -13,7 +13,7 @@ from graft.data.rows import MAX_ROW_BYTES, no_text, too_long
 from graft.errors import DataError
 
 SPACE = re.compile(r"[ \t\r\n]*")
-_PIECE = 1 << 20
+_PIECE = 1 << 18
 _BYTE = re.compile("[\udc80-\udcff]")
 
 

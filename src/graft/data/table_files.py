@@ -108,7 +108,7 @@ class _Lines:
 
 def _header(rows: Any, lines: _Lines) -> list[str]:
     while (names := _next(rows, lines)) == []:
-        pass  # empty lines before the header
+        lines.begin()  # an empty line before the header
     return names or []
 
 
