@@ -6,11 +6,9 @@ import gzip
 import io
 import json
 import os
-import stat
-import tracemalloc
+import re
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import pytest
 
 from graft.data.config import DataConfig
 from graft.data.prepare import prepare
-from graft.data.rows import MAX_ROW_BYTES
+from graft.data.quarantine import Quarantine
 from graft.data.sources import read_rows
 from graft.errors import DataError, GraftError, StorageError
 
@@ -342,3 +340,103 @@ def test_skipping_leaves_out_rows_but_never_a_part_of_a_file(case: Case, tmp_pat
     assert refused[0][0].where == f"{path}{case.at}"
     assert all(raw for _, raw in refused)
     json.dumps([raw for _, raw in refused]).encode()  # what is quarantined is text
+
+
+CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+def turns(*roles: str, content: Any = "x") -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role in roles]}
+
+
+MEANINGS: list[tuple[str, Any, str, str]] = [
+    ("empty-turns", {"messages": []}, "the conversation is empty", ":2"),
+    ("wrong-role", turns("user", "asistant"), "'asistant' is not known", ":2, message 2"),
+    ("no-role", {"messages": [{"content": "x"}]}, "role None is not known", ":2, message 1"),
+    ("number-role", {"messages": [{"role": 3, "content": "x"}]}, "role 3 is not known", ":2, message 1"),
+    ("null-content", turns("user", "assistant", content=None), "content must be text", ":2, message 1"),
+    ("number-content", turns("user", "assistant", content=5), "content must be text", ":2, message 1"),
+    ("image-content", turns("user", content=[{"type": "image"}]), "else than text", ":2, message 1"),
+    ("text-message", {"messages": ["hello"]}, "must be an object", ":2, message 1"),
+    ("many-turns", turns(*["user", "assistant"] * 500, "user"), "1,001 messages", ":2"),
+    ("json-text", {"messages": json.dumps(TURNS)}, "no list of messages", ":2"),
+    ("no-messages", {"text": "x"}, "no list of messages", ":2"),
+    ("nobody-answers", turns("user"), "nothing to learn", ":2"),
+    ("private", turns("user", "assistant", content="\U000f0001"), "U\\+F0001", ":2"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_dir: Callable[..., Path]) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_dir("llama"))
+
+
+@pytest.mark.parametrize("case", MEANINGS, ids=lambda case: case[0])
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet"])
+def test_a_row_with_a_wrong_meaning_is_named_or_kept_aside(
+    case: tuple[str, Any, str, str], suffix: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    name, bad, word, at = case
+    path, template = tmp_path / f"rows.{suffix}", tmp_path / "chat.jinja"
+    template.write_text(CHAT)
+    rows = [{"messages": TURNS}, bad, {"messages": TURNS}]
+    data = lines(*(json.dumps(row).encode() for row in rows))
+    if suffix == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        import pyarrow.parquet as parquet
+
+        try:
+            parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        except pyarrow.ArrowInvalid:
+            pytest.skip("a column of one kind cannot hold this row")
+    else:
+        path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
+    settings: dict[str, Any] = {"train": str(path), "chat_template": str(template), "format": "messages"}
+    settings |= {"max_length": 4096}
+    if name != "nobody-answers":
+        with pytest.raises(GraftError, match=word) as caught:
+            prepare(str(path), tokenizer, DataConfig(**settings))
+        assert caught.value.where == f"{path}{at}"
+    with Quarantine() as quarantine:
+        kept = prepare(str(path), tokenizer, DataConfig(**settings, skip_invalid=True), quarantine=quarantine)
+        quarantine.save(tmp_path / "quarantine.jsonl")
+    assert [sample.where for sample in kept.samples] == [f"{path}:1", f"{path}:3"]
+    (told,) = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert told["where"] == f"{path}{at}"
+    assert re.search(word, told["reason"])
+    back = json.loads(told["row"])
+    assert {name: back[name] for name in bad if suffix != "parquet"} == (bad if suffix != "parquet" else {})
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "word"),
+    [
+        ("empty-answer.jsonl", b'{"prompt": "a", "completion": ""}', "nothing to learn"),
+        ("answer-first.jsonl", b'{"completion": "a", "prompt": 5}', "must hold text, not int"),
+        (
+            "bytes.parquet",
+            lambda path: table(path, prompt=[b"a"], completion=["b"]),
+            "must hold text, not bytes",
+        ),
+        ("nulls.parquet", lambda path: table(path, prompt=["a"], completion=["b"], text=[None]), ""),
+        (
+            "null.parquet",
+            lambda path: table(path, prompt=["a"], completion=[None]),
+            "must hold text, not None",
+        ),
+    ],
+)
+def test_a_file_of_nothing_but_such_rows_is_refused(
+    name: str, data: Any, word: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    path = written(Case(name, data), tmp_path)
+    settings = DataConfig(train=str(path), skip_invalid=True)
+    if not word:
+        assert prepare(str(path), tokenizer, settings).report.num_used == 1
+        return
+    with Quarantine() as quarantine, pytest.raises(DataError, match=word) as caught:
+        prepare(str(path), tokenizer, settings, quarantine=quarantine)
+    assert caught.value.what.startswith("none of 1 rows can be learned from")
+    assert quarantine.count == 1
