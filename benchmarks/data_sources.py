@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from graft.data.sources import read_rows
 
@@ -43,13 +42,18 @@ def repeated(pieces: list[bytes], num_bytes: int) -> Iterator[bytes]:
         yield block
 
 
-def write_lines(path: Path, rows: list[dict[str, str]], num_bytes: int, opener: Any = open) -> None:
-    with opener(path, "wb") as file:
-        file.writelines(repeated([json.dumps(row).encode() + b"\n" for row in rows], num_bytes))
+def lines(rows: list[dict[str, str]], num_bytes: int) -> Iterator[bytes]:
+    return repeated([json.dumps(row).encode() + b"\n" for row in rows], num_bytes)
+
+
+def write_lines(path: Path, rows: list[dict[str, str]], num_bytes: int) -> None:
+    with open(path, "wb") as file:
+        file.writelines(lines(rows, num_bytes))
 
 
 def write_packed(path: Path, rows: list[dict[str, str]], num_bytes: int) -> None:
-    write_lines(path, rows, num_bytes, lambda path, mode: gzip.open(path, mode, compresslevel=1))
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.writelines(lines(rows, num_bytes))
 
 
 def write_list(path: Path, rows: list[dict[str, str]], num_bytes: int) -> None:
@@ -98,7 +102,7 @@ def measure(path: Path) -> str:
     sizes = sum(map(len, first.value.values()))
     before, most, count = resident_bytes(), 0, 1
     wall, begun = time.perf_counter(), time.process_time()
-    for row in rows:
+    for _ in rows:
         count += 1
         if count % 100_000 == 0:
             most = max(most, resident_bytes())

@@ -36,6 +36,10 @@ def peak_below(num_bytes: int) -> Iterator[None]:
         tracemalloc.stop()
 
 
+def opened(path: Path) -> Any:
+    return gzip.GzipFile(path, "wb", compresslevel=1) if path.suffix == ".gz" else path.open("wb")
+
+
 def write_repeated(file: Any, piece: bytes, num_bytes: int) -> None:
     many = piece * max(1, MB // len(piece))
     for _ in range(num_bytes // len(many)):
@@ -43,8 +47,7 @@ def write_repeated(file: Any, piece: bytes, num_bytes: int) -> None:
 
 
 def long_row(path: Path, before: bytes, begin: bytes, piece: bytes, end: bytes, after: bytes) -> None:
-    opened: Any = gzip.open(path, "wb", compresslevel=1) if path.suffix == ".gz" else open(path, "wb")
-    with opened as file:
+    with opened(path) as file:
         file.write(before + begin)
         write_repeated(file, piece, LONG)
         file.write(end + after)
@@ -133,8 +136,7 @@ def test_many_rows_are_read_in_the_memory_of_a_few(
     name: str, begin: bytes, piece: bytes, end: bytes, tmp_path: Path
 ) -> None:
     path = tmp_path / name
-    opened: Any = gzip.open(path, "wb", compresslevel=1) if name.endswith(".gz") else open(path, "wb")
-    with opened as file:
+    with opened(path) as file:
         file.write(begin)
         write_repeated(file, piece, 8 * MB)
         file.write(end)

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from graft.data.compressed import is_gzip, open_text
-from graft.data.rows import MAX_ROW_BYTES, NO_TEXT, SHOWN_BYTES, Refuse, Row, no_text, too_long, unescaped
+from graft.data.rows import (
+    MAX_ROW_BYTES,
+    SHOWN_BYTES,
+    Refuse,
+    Row,
+    find_no_text,
+    no_text,
+    too_long,
+    unescaped,
+)
 from graft.errors import DataError
 
 
@@ -82,7 +91,7 @@ class _Lines:
             while line and not line.endswith("\n"):
                 line = self._file.readline(1 << 20)
             raise too_long(self.path, self.number)
-        if self._bad is None and (found := NO_TEXT.search(line)):
+        if self._bad is None and (found := find_no_text(line)):
             self._bad = no_text(found.group(), f"{self.path}:{self.number}:{found.start() + 1}")
         return line
 
