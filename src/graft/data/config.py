@@ -23,8 +23,8 @@ class DataConfig:
     """
 
     train: str | None = None
-    """Training data: a .jsonl, .json, .csv, .tsv, .txt (each also .gz), .parquet or .arrow file, a directory with
-    a train file, or "hub:owner/name"."""
+    """Training data: a .jsonl, .json, .csv, .tsv, .txt (each also .gz), .parquet or .arrow file, a directory
+    with a train file, or "hub:owner/name"."""
     eval: str | None = None
     """Evaluation data, same kinds; rows that are also in the training data are counted and told."""
     format: Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt", "mixed"] = "auto"
@@ -44,11 +44,11 @@ class DataConfig:
     on_overlong: Literal["truncate", "drop", "error"] = "truncate"
     """What happens to a row of more than max_length tokens; a plain text is split into pieces instead."""
     skip_invalid: bool = False
-    """Leave out rows that cannot be used, writing each to quarantine.jsonl, instead of stopping at the first."""
+    """Leave out rows that cannot be used, each into quarantine.jsonl, instead of stopping at the first."""
     limit: int | None = None
     """Use only the first rows of each file, this many."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """The file's column for each part that is called otherwise there: {prompt: question, completion: answer}."""
+    """The file's column for each part that has another name there: {prompt: question, completion: answer}."""
 
     workers: int = 1
     """Threads that make batches ahead of the step that uses them; 0 makes each when it is wanted."""
