@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from graft.config import closest
+from graft.data.examples import ROLES
 from graft.errors import ConfigError
 
 
@@ -34,12 +36,17 @@ class DataConfig:
     """Share of the training samples held out for evaluation when no `eval` is given."""
     shuffle: bool = True
     """Draw the samples in a new order each epoch; the order follows from the seed."""
-    on_overlong: Literal["truncate", "drop", "error"] = "truncate"
-    """What happens to a row of more than max_length tokens; a plain text is split into pieces instead."""
+    on_overlong: Literal["truncate", "truncate_left", "split", "drop", "error"] = "truncate"
+    """What happens to a row of more than max_length tokens: its end is cut away; or the begin of its prompt and
+    its oldest exchanges; or it becomes several conversations; a plain text is split into pieces instead."""
     skip_invalid: bool = False
     """Leave out rows that cannot be read, naming each, instead of stopping at the first."""
     limit: int | None = None
     """Use only the first rows of each file, this many."""
+    train_on_roles: tuple[str, ...] = ("assistant",)
+    """Roles of conversations whose messages are learned; a message's own "train": true or false comes first."""
+    train_on_last_turn: bool = False
+    """Learn only the last of these messages of each conversation."""
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -60,9 +67,32 @@ class DataConfig:
                 where="data.eval_fraction",
                 fix="keep the evaluation file, or the fraction",
             )
+        self._check_roles()
         if self.limit is not None and self.limit < 1:
             raise ConfigError(
                 f"limit must be at least 1 row, got {self.limit}",
                 where="data.limit",
                 fix="leave it out to use every row",
+            )
+
+    def _check_roles(self) -> None:
+        for role in self.train_on_roles:
+            if role not in ROLES:
+                near = closest(role, ROLES)
+                raise ConfigError(
+                    f"train_on_roles has {role!r}, which is no role; roles are {', '.join(ROLES)}",
+                    where="data.train_on_roles",
+                    fix=f"did you mean {near!r}?" if near else "assistant is usual",
+                )
+        if not self.train_on_roles:
+            raise ConfigError(
+                "train_on_roles is empty: nothing would be learned",
+                where="data.train_on_roles",
+                fix="leave it out to learn the assistant's messages",
+            )
+        if self.loss_on == "all" and (self.train_on_roles != ("assistant",) or self.train_on_last_turn):
+            raise ConfigError(
+                "loss_on is all, so that train_on_roles and train_on_last_turn choose nothing",
+                where="data.loss_on",
+                fix="leave out one of them",
             )

@@ -14,9 +14,19 @@ from graft.data.config import DataConfig
 from graft.data.formats import Detected, Example, detect, to_example
 from graft.data.masking import Encoder
 from graft.data.report import Report, show_sample
-from graft.data.samples import IGNORED, SPLIT, TRUNCATED, Rejected, Sample
+from graft.data.samples import (
+    CUT_LEFT,
+    IGNORED,
+    OLDER_CUT,
+    PARTED,
+    SPLIT,
+    TRUNCATED,
+    Rejected,
+    Sample,
+)
 from graft.data.sources import Row, read_rows
 from graft.data.templates import read_template
+from graft.data.turns import Choice
 from graft.errors import DataError
 
 _NAMED = 3
@@ -55,7 +65,8 @@ def make_encoder(tokenizer: Any, config: DataConfig) -> Encoder:
         StorageError: The template file cannot be read.
     """
     source = read_template(config.chat_template) if config.chat_template else None
-    return Encoder(tokenizer, chat_template=source, loss_on=config.loss_on)
+    choice = Choice(tuple(config.train_on_roles), config.train_on_last_turn)
+    return Encoder(tokenizer, chat_template=source, loss_on=config.loss_on, choice=choice)
 
 
 def prepare(path: str, tokenizer: Any, config: DataConfig, split: str = "train") -> Dataset:
@@ -234,7 +245,8 @@ def _encode(
         report.num_used += 1
         remarks.update(found[0].remarks)
         samples += found
-    report.num_split, report.num_truncated = remarks[SPLIT], remarks[TRUNCATED]
+    report.num_split = remarks[SPLIT] + remarks[PARTED]
+    report.num_truncated = remarks[TRUNCATED] + remarks[CUT_LEFT] + remarks[OLDER_CUT]
     report.notes += [f"{num_rows(count)} {remark}" for remark, count in remarks.items()]
     return samples
 
