@@ -14,7 +14,9 @@ from graft.data.templates import ChatTemplate
 from graft.errors import DataError
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-GROW = "{{% set ns = namespace(x={start}) %}}{{% for i in range(99) %}}{{% set ns.x = {grown} %}}{{% endfor %}}"
+GROW = (
+    "{{% set ns = namespace(x={start}) %}}{{% for i in range(99) %}}{{% set ns.x = {grown} %}}{{% endfor %}}"
+)
 BOMBS = {
     "nested loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
     "loops that write": "{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}",
@@ -36,7 +38,8 @@ BOMBS = {
     "doubled by JSON": GROW.format(start="'\\\\'", grown="ns.x | tojson"),
     "doubled lists": GROW.format(start="[1]", grown="ns.x + ns.x"),
     "a list that holds itself twice": GROW.format(start="[1]", grown="[ns.x, ns.x]") + "{{ ns.x }}",
-    "a dict that holds itself twice": GROW.format(start="{}", grown="{'a': ns.x, 'b': ns.x}") + "{{ ns.x | tojson }}",
+    "a dict that holds itself twice": GROW.format(start="{}", grown="{'a': ns.x, 'b': ns.x}")
+    + "{{ ns.x | tojson }}",
     "a tuple by dict()": GROW.format(start="{}", grown="dict(a=ns.x, b=ns.x)") + "{{ ns.x | string }}",
     "lists in batches": GROW.format(start="[1]", grown="(ns.x + ns.x) | batch(1000) | list") + "{{ ns.x }}",
     "a set block": GROW.format(start="'x'", grown="ns.x").replace(
@@ -96,7 +99,9 @@ def test_a_template_that_works_for_ever_is_stopped(name: str) -> None:
     with pytest.raises(DataError):
         template_of(BOMBS[name]).render(CHAT, where="rows.jsonl:3")
     # What may be made, at four bytes a character, three times over; and the interpreter's own.
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < (12 * budget.BUDGET + (64 << 20)) >> 10
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < (12 * budget.BUDGET + (64 << 20)) >> 10
+    )
 
 
 def test_the_error_names_the_row_and_the_bound() -> None:
@@ -128,7 +133,9 @@ def test_a_template_of_too_many_parts_is_refused() -> None:
         template_of("{{ 1 }}" * 20_000)
 
 
-@pytest.mark.parametrize("source", ["{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{% if 1 %}" * 500 + "{% endif %}" * 500])
+@pytest.mark.parametrize(
+    "source", ["{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{% if 1 %}" * 500 + "{% endif %}" * 500]
+)
 def test_a_template_nested_without_end_is_refused(source: str) -> None:
     with pytest.raises(DataError):
         template_of(source).render(CHAT)
@@ -136,5 +143,7 @@ def test_a_template_nested_without_end_is_refused(source: str) -> None:
 
 def test_a_long_conversation_has_a_larger_budget() -> None:
     long = [{"role": "user", "content": "x" * 10_000}] * 1000
-    text = template_of("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}").render(long)
+    text = template_of("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}").render(
+        long
+    )
     assert len(text) == 1000 * (len("user: \n") + 10_000)

@@ -12,8 +12,16 @@ from graft.data.examples import Conversation
 from graft.data.templates import ChatTemplate, read_template
 from graft.errors import DataError
 
-CALL = {"type": "function", "function": {"name": "find", "arguments": {"what": "caté", "n": [1, 2.5, None, True]}}}
-TOOLS = [{"type": "function", "function": {"name": "find", "description": "é <b>", "parameters": {"type": "object"}}}]
+CALL = {
+    "type": "function",
+    "function": {"name": "find", "arguments": {"what": "caté", "n": [1, 2.5, None, True]}},
+}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "find", "description": "é <b>", "parameters": {"type": "object"}},
+    }
+]
 CHATS: dict[str, list[dict[str, Any]]] = {
     "one turn": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
     "system": [{"role": "system", "content": " S \n"}, {"role": "user", "content": "q"}],
@@ -27,7 +35,11 @@ CHATS: dict[str, list[dict[str, Any]]] = {
     ],
     "a thought": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "thinking": "hm"}],
     "parts": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}],
-    "system twice": [{"role": "system", "content": "S"}, {"role": "system", "content": "T"}, {"role": "user", "content": "q"}],
+    "system twice": [
+        {"role": "system", "content": "S"},
+        {"role": "system", "content": "T"},
+        {"role": "user", "content": "q"},
+    ],
     "out of order": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "q"}],
     "empty": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}],
 }
@@ -93,7 +105,9 @@ def names() -> list[str]:
 @pytest.mark.parametrize("name", names())
 def test_a_rendering_is_that_of_transformers(shared: Path, tokenizer: Any, name: str, ask: bool) -> None:
     folder = shared / "tokenizers" / "chat_templates"
-    for source in [SOURCES[name]] if name in SOURCES else [read_template(folder / name), (folder / name).read_text()]:
+    for source in (
+        [SOURCES[name]] if name in SOURCES else [read_template(folder / name), (folder / name).read_text()]
+    ):
         template = ChatTemplate(tokenizer, source)
         for chat in CHATS.values():
             for tools in (None, TOOLS):
@@ -108,7 +122,10 @@ def test_a_rendering_is_that_of_transformers(shared: Path, tokenizer: Any, name:
 def test_marks_stand_where_transformers_has_them(tokenizer: Any) -> None:
     for chat in CHATS.values():
         rendered, spans = render_jinja_template(
-            [chat], chat_template=SOURCES["marks"], return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
+            [chat],
+            chat_template=SOURCES["marks"],
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
         )
         template = ChatTemplate(tokenizer, SOURCES["marks"])
         assert template.render(chat) == rendered[0]

@@ -14,7 +14,10 @@ from graft.config import closest
 if TYPE_CHECKING:
     from graft.data.config import DataConfig
 
-FIELDS = ("format", "limit", "max_length", "on_overlong", "loss_on", "chat_template", "skip_invalid")
+FIELDS = (
+    "format", "limit", "max_length", "on_overlong", "loss_on", "chat_template", "skip_invalid",
+    "train_on_roles", "train_on_last_turn",
+)  # fmt: skip
 """Fields of the data section that act on an evaluation."""
 
 FLAGS = {

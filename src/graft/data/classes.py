@@ -35,6 +35,7 @@ FORMAT = "classification"
 MAX_LABELS = 1000
 """More different labels than this are taken for free text."""
 
+CUT_LEFT = "cut at max_length, so that the begin of the text is not seen"
 CUT = "cut at max_length, so that the end of the text is not seen"
 
 
@@ -54,7 +55,7 @@ class ClassReader:
         Args:
             path: The file or directory.
             tokenizer: A fast tokenizer of transformers, or an `Encoder`.
-            config: `on_overlong` cuts the end of a text, drops the row, or is an error.
+            config: `on_overlong` cuts the end or the begin of a text, drops the row, or is an error.
             split: "train" or "eval".
 
         Raises:
@@ -62,6 +63,7 @@ class ClassReader:
                 training data, or there are fewer than two; names file and line.
             StorageError: The file cannot be read.
         """
+        config.refuse_turns("a text with a class has no turns")
         encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
         rows, report = read_file(path, config, split)
         report.format, report.reason = FORMAT, "asked for by the task"
@@ -115,10 +117,10 @@ class ClassReader:
                 if config.on_overlong == "drop":
                     report.rejected.append((row.where, reason))
                     continue
-                ids, remarks = ids[: config.max_length], (CUT,)
+                ids, remarks = _cut(ids, len(encoder.text.bos_ids), config)
             classes = [IGNORED] * (len(ids) - 1) + [numbers[label]]
             samples.append(Sample(ids, classes, row.where, remarks))
-        report.num_truncated = sum(CUT in sample.remarks for sample in samples)
+        report.num_truncated = sum(bool(sample.remarks) for sample in samples)
         return samples
 
     def _note(
@@ -133,7 +135,8 @@ class ClassReader:
         shown = ", ".join(f"{self.labels[number]} {count:,}" for number, count in sorted(counts.items())[:20])
         report.notes.append(f"{len(self.labels)} labels: {shown}{', ...' if len(counts) > 20 else ''}")
         if report.num_truncated:
-            report.notes.append(f"{num_rows(report.num_truncated)} {CUT}")
+            cut = next(sample.remarks[0] for sample in samples if sample.remarks)
+            report.notes.append(f"{num_rows(report.num_truncated)} {cut}")
         told = {text: label for _, text, label in good}
         if torn := len({text for _, text, label in good if told[text] != label}):
             report.notes.append(f"{torn} texts stand there under two labels or more")
@@ -147,6 +150,12 @@ class ClassReader:
             f"{encoder.tokenizer.decode(sample.input_ids)} -> {self.labels[sample.labels[-1]]}"
             for sample in samples[:2]
         ]
+
+
+def _cut(ids: list[int], head: int, config: DataConfig) -> tuple[list[int], tuple[str, ...]]:
+    if config.on_overlong == "truncate_left":
+        return [*ids[:head], *ids[len(ids) - config.max_length + head :]], (CUT_LEFT,)
+    return ids[: config.max_length], (CUT,)
 
 
 def label_of(row: Row) -> str:

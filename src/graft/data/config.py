@@ -96,3 +96,23 @@ class DataConfig:
                 where="data.loss_on",
                 fix="leave out one of them",
             )
+
+    def refuse_turns(self, reason: str, cuts: tuple[str, ...] = ("split",)) -> None:
+        """Refuse what only conversations have, for data of another kind.
+
+        Args:
+            reason: Why it has no meaning there.
+            cuts: Values of on_overlong that have none.
+
+        Raises:
+            ConfigError: A field says something that would not act.
+        """
+        if self.on_overlong in cuts:
+            raise ConfigError(
+                f"on_overlong is {self.on_overlong}, but {reason}",
+                where="data.on_overlong",
+                fix="truncate, drop or error",
+            )
+        if self.train_on_roles != ("assistant",) or self.train_on_last_turn:
+            name = "train_on_last_turn" if self.train_on_last_turn else "train_on_roles"
+            raise ConfigError(f"{name} is set, but {reason}", where=f"data.{name}", fix="leave it out")

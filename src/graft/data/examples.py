@@ -279,7 +279,11 @@ def _check_calls(calls: Any, where: str) -> None:
         return
     for call in calls if isinstance(calls, list) else [calls]:
         inner = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(calls, list) or not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        if (
+            not isinstance(calls, list)
+            or not isinstance(inner, dict)
+            or not isinstance(inner.get("name"), str)
+        ):
             raise DataError(
                 f"tool_calls must be a list of calls with a name, not {calls!r:.80}",
                 where=where,

@@ -125,7 +125,9 @@ class Frames:
                 return None, []
             roles.append(message["role"])
             contents.append(content)
-        if self._whole.intersection(contents) or any(word in each for word in self._words for each in contents):
+        if self._whole.intersection(contents) or any(
+            word in each for word in self._words for each in contents
+        ):
             return None, []
         key = (tuple(roles), conversation.trained_from, tuple(sorted(conversation.flags.items())))
         shape = self._shapes.get(key)
@@ -157,7 +159,9 @@ class Frames:
             return None
         cuts = [0, *(place for span in spans for place in span), len(found.text)]
         pieces = tuple(found.text[cuts[at] : cuts[at + 1]] for at in range(0, len(cuts), 2))
-        if any(found.text[begin:end] != content for (begin, end), content in zip(spans, contents, strict=True)):
+        if any(
+            found.text[begin:end] != content for (begin, end), content in zip(spans, contents, strict=True)
+        ):
             return None
         if any(piece == "" or self._text.may_join(piece) for piece in pieces[1:-1]):
             return None

@@ -46,12 +46,16 @@ def images_of(row: Row, messages: list[Message], raws: Sequence[Any]) -> tuple[l
     named = named if isinstance(named, list) else [named]
     given = [_reference(part, row) for _, part in parts]
     if parts and named and not any(given):
-        given = [_reference(each, row) for each in named]  # parts that only say where, the files in the column
+        given = [
+            _reference(each, row) for each in named
+        ]  # parts that only say where, the files in the column
     elif not parts:
         given = [_reference(each, row) for each in named]
     if not given and not parts:
         return messages, None
-    places = [index for index, message in enumerate(messages) for _ in range(message["content"].count(IMAGE_MARK))]
+    places = [
+        index for index, message in enumerate(messages) for _ in range(message["content"].count(IMAGE_MARK))
+    ]
     if len(places) != len(given) or None in given:
         raise DataError(
             f"the messages have {len(places)} {IMAGE_MARK} marks for {len([g for g in given if g])} images",

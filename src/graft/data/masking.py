@@ -270,6 +270,12 @@ class Encoder:
             raise DataError(
                 "plain texts have no completion", where="data.loss_on", fix="set data.loss_on to auto or all"
             )
+        if self._choice != Choice() and examples:
+            raise DataError(
+                "rows without turns cannot be chosen from by train_on_roles and train_on_last_turn",
+                where=examples[0].where,
+                fix="leave data.train_on_roles and data.train_on_last_turn out, or give rows of messages",
+            )
         encoded = iter(self.text.encode([text for example in examples for text in _texts(example)]))
         for example in examples:
             prompt = list(self.text.bos_ids)
@@ -277,7 +283,9 @@ class Encoder:
                 prompt += next(encoded).ids
             ids = [*prompt, *next(encoded).ids, self._eos()]
             everything = self._loss_on == "all" or isinstance(example, Text)
-            yield Draft(ids, [(0 if everything else len(prompt), len(ids))], (), len(self.text.bos_ids), len(prompt))
+            yield Draft(
+                ids, [(0 if everything else len(prompt), len(ids))], (), len(self.text.bos_ids), len(prompt)
+            )
 
     def _eos(self) -> int:
         if self.text.eos_id is None:

@@ -169,6 +169,7 @@ def prepare_pairs(path: str, tokenizer: Any, config: DataConfig, split: str = "t
         DataError: A row is wrong (unless skip_invalid), or no pair can be learned from; names file and line.
         StorageError: The file cannot be read.
     """
+    config.refuse_turns("of a pair the two answers are learned", cuts=("truncate_left", "split"))
     encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
     rows, report = read_file(path, config, split)
     preferences = list(_preferences(rows, encoder, config, report))

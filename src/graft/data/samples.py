@@ -120,9 +120,7 @@ class Sample:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sample):
             return NotImplemented
-        mine, theirs = (
-            (each.input_ids, each.labels, each.where, each.remarks) for each in (self, other)
-        )
+        mine, theirs = ((each.input_ids, each.labels, each.where, each.remarks) for each in (self, other))
         return mine == theirs
 
     __hash__ = None  # type: ignore[assignment]
@@ -173,7 +171,9 @@ class Draft:
         if not begin and end is None:
             return Sample.of(self.ids, self.learned, where, self.remarks)
         end = len(self.ids) if end is None else end
-        learned = [(max(a, begin) - begin, min(b, end) - begin) for a, b in self.learned if a < end and b > begin]
+        learned = [
+            (max(a, begin) - begin, min(b, end) - begin) for a, b in self.learned if a < end and b > begin
+        ]
         return Sample.of(self.ids[begin:end], learned, where, (*self.remarks, *remarks))
 
 
@@ -226,7 +226,8 @@ def _fit_left(draft: Draft, where: str, max_length: int) -> list[Sample] | Rejec
 def without(draft: Draft, begin: int, count: int) -> Draft:
     """A draft without `count` of its tokens from `begin` on."""
     moved = [
-        tuple(place if place <= begin else max(begin, place - count) for place in each) for each in draft.learned
+        tuple(place if place <= begin else max(begin, place - count) for place in each)
+        for each in draft.learned
     ]
     ids = [*draft.ids[:begin], *draft.ids[begin + count :]]
     return Draft(ids, [(a, b) for a, b in moved], (*draft.remarks, CUT_LEFT), draft.head)

@@ -45,18 +45,20 @@ class Shortener:
         begin = last
         while begin > 0 and sum(sizes[begin - 1 :]) <= self.max_length:
             begin -= 1
+        size = 0
         for first in range(begin, last + 1):
             part = part_of(conversation, head, starts[first], len(conversation.messages))
             draft = self.drafts([part])[0]
             if isinstance(draft, Rejected):
                 return draft
-            if len(draft.ids) <= self.max_length:
+            size = len(draft.ids)
+            if size <= self.max_length:
                 remarks = (OLDER_CUT,) if first else ()
-                return [draft.sample(conversation.where, 0, len(draft.ids), *remarks)]
+                return [draft.sample(conversation.where, 0, size, *remarks)]
         shorter = self.cut(part, head, self.max_length)
         if shorter is not None:
             return [shorter.sample(conversation.where)]
-        reason = f"the last exchange has {len(draft.ids):,} tokens, too many for max_length {self.max_length:,}"
+        reason = f"the last exchange has {size:,} tokens, too many for max_length {self.max_length:,}"
         return Rejected(conversation.where, reason, "raise data.max_length", overlong=True)
 
     def parts(self, conversation: Conversation) -> list[Sample] | Rejected:

@@ -131,7 +131,9 @@ class TextEncoder:
         wholes = self.encode([text for text, _ in texts])
         # What stands before a control token has no say in the ids after it, so checking from there is enough.
         spans = [_since_control(text, edges) for text, edges in texts]
-        parts = self._parts_of([text[a:b] for (text, _), pairs in zip(texts, spans, strict=True) for a, b in pairs])
+        parts = self._parts_of(
+            [text[a:b] for (text, _), pairs in zip(texts, spans, strict=True) for a, b in pairs]
+        )
         return [
             self._apart(text, whole, [(a, b, parts[text[a:b]]) for a, b in pairs])
             for (text, _), whole, pairs in zip(texts, wholes, spans, strict=True)
@@ -215,7 +217,11 @@ class TextEncoder:
     def may_join(self, piece: str) -> bool:
         """Whether a control token could be spelled across an end of a piece of text."""
         return any(
-            piece in control or any(piece.startswith(control[at:]) or piece.endswith(control[:at]) for at in range(1, len(control)))
+            piece in control
+            or any(
+                piece.startswith(control[at:]) or piece.endswith(control[:at])
+                for at in range(1, len(control))
+            )
             for control in self._to_private
         )
 
