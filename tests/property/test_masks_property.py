@@ -119,8 +119,9 @@ def test_a_mask_is_the_chosen_answers_and_their_ends(tokenizer: Any, made: Any) 
     chat = chat_of(*made)
     whole = encoder_of(tokenizer, TALKING)
     (found,) = whole.encode([chat], 10_000)
+    # White space before a turn that nobody asks for may belong to a token of its head.
     contents = [
-        message["content"]
+        message["content"] if message["role"] == "assistant" else message["content"].lstrip()
         for index, message in enumerate(chat.messages)
         if message["content"].strip() and chat.flags.get(index, message["role"] == "assistant")
     ]
@@ -128,11 +129,14 @@ def test_a_mask_is_the_chosen_answers_and_their_ends(tokenizer: Any, made: Any) 
         assert not contents or "differently" in found.reason
         return
     (sample,) = found
-    assert [tokenizer.decode(run) for run in runs(sample)] == [content + "<|im_end|>" for content in contents]
+    learned = [tokenizer.decode(run) for run in runs(sample)]
+    assert len(learned) == len(contents)
+    for text, content in zip(learned, contents, strict=True):
+        assert content + "<|im_end|>" in (text, text.lstrip())
     text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in chat.messages)
     assert tokenizer.decode(sample.input_ids) == text
-    learned = {place for begin, end in sample.learned for place in range(begin, end)}
-    expected = [id if place in learned else IGNORED for place, id in enumerate(sample.input_ids)]
+    places = {place for begin, end in sample.learned for place in range(begin, end)}
+    expected = [id if place in places else IGNORED for place, id in enumerate(sample.input_ids)]
     assert sample.labels == expected
     assert sample.ids.tolist() == sample.input_ids
 
