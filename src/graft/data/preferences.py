@@ -176,6 +176,7 @@ def prepare_pairs(
         DataError: A row is wrong (unless skip_invalid), or no pair can be learned from; names file and line.
         StorageError: The file cannot be read.
     """
+    config.refuse_turns("of a pair the two answers are learned", cuts=("truncate_left", "split"))
     encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
     rows, reading = read_file(source, config, split, encoder, quarantine)
     report, left_out = reading.report, reading.left_out
