@@ -42,7 +42,8 @@ PLAIN, CHAT = "preference", "preference_chat"
 
 ANSWERS = ("chosen", "rejected")
 _HISTORIES = ("conversations", "conversation", "messages", "prompt")
-_KNOWN = {*ANSWERS, *_HISTORIES, *PROMPTS, "instruction", "system", "history", "tools"}
+KNOWN = {*ANSWERS, *_HISTORIES, *PROMPTS, "instruction", "system", "history", "tools"}
+"""Columns that have a part in a preference."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def prepare_pairs(path: str, tokenizer: Any, config: DataConfig, split: str = "t
     count_samples(samples, encoder, report)
     report.num_duplicates = len(samples) // 2 - len({_ids(pair) for pair in _pairs(samples)})
     assert isinstance(rows[0].value, dict)
-    if unused := [name for name in rows[0].value if name not in _KNOWN]:
+    if unused := [name for name in rows[0].value if name not in KNOWN]:
         report.notes.append(f"columns that are not used: {', '.join(unused)}")
     if report.num_duplicates:
         report.notes.append(f"{report.num_duplicates} pairs are equal to an earlier one")
