@@ -29,7 +29,13 @@ BARS = 12
 WIDTH = 110
 """Columns, where the terminal has as many."""
 
-STYLES = {"learned": "green", "context": "dim", "stop": "bold red", "alarm": "bold red", "advice": "bold yellow"}
+STYLES = {
+    "learned": "green",
+    "context": "dim",
+    "stop": "bold red",
+    "alarm": "bold red",
+    "advice": "bold yellow",
+}
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _END = "◀"
 
@@ -44,7 +50,9 @@ def text_of(found: Checked, samples: int, page: Path | None) -> str:
     """
     out = io.StringIO()
     wide = min(shutil.get_terminal_size((100, 24)).columns, WIDTH)
-    console = Console(file=out, force_terminal=sys.stdout.isatty(), width=wide, highlight=False, soft_wrap=False)
+    console = Console(
+        file=out, force_terminal=sys.stdout.isatty(), width=wide, highlight=False, soft_wrap=False
+    )
     for part in _parts(found, samples, page):
         console.print(part)
     return "\n".join(line.rstrip() for line in out.getvalue().strip().splitlines())
@@ -200,5 +208,7 @@ def _verdict(found: Checked) -> Text:
         return text.append(f"\n  fix: {found.error.fix}" if found.error.fix else "", "not bold")
     alarms = sum(finding.level == "alarm" for finding in found.findings)
     if alarms:
-        return Text(f"\ncan be trained on, but {alarms} alarm{'s' if alarms > 1 else ''} first", STYLES["advice"])
+        return Text(
+            f"\ncan be trained on, but {alarms} alarm{'s' if alarms > 1 else ''} first", STYLES["advice"]
+        )
     return Text("\ncan be trained on", "bold green")

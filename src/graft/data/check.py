@@ -1,13 +1,14 @@
-"""What a model will really see of a data set: the facts of `graft data check`, from one pass over the samples."""
+"""What a model will really see of a data set, from one pass over its samples: `graft data check`."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from graft.data.check_facts import Facts, Packed, Place
-from graft.data.check_rows import Reread, reread
-from graft.data.check_tally import MOST_CHOSEN, MOST_PLACES, Progress, Tally, equal_places
+from graft.data.check_rows import Reread, reread, row_of
+from graft.data.check_tally import MOST_CHOSEN, MOST_MEASURED, MOST_PLACES, Progress, Tally, equal_places
 from graft.data.config import DataConfig
 from graft.data.formats import CHAT_FORMATS
 from graft.data.loader import Kind, Loader
@@ -16,6 +17,31 @@ from graft.data.prepare import Dataset
 
 UNKNOWN_NOTE = "characters that the tokenizer does not know: "
 """How a report begins to tell of them."""
+OVERLONG = "max_length"
+"""What stands in the reason of every row that is left out for its length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Which split is looked at, and in what run.
+
+    Attributes:
+        name: "training" or "evaluation".
+        kind: What the samples are.
+        against: The training data, for what evaluation data has in common with it.
+        accumulation: Batches of a step.
+        asked_max_length: Before the model's context cut it.
+        context: Tokens that the model can see, None where nothing bounds them.
+        error: Why the run stops at a row of this file; "" where it does not.
+    """
+
+    name: str
+    kind: Kind = "text"
+    against: Dataset | None = None
+    accumulation: int = 1
+    asked_max_length: int | None = None
+    context: int | None = None
+    error: str = ""
 
 
 def examine(
@@ -23,14 +49,7 @@ def examine(
     loader: Loader,
     encoder: Encoder,
     config: DataConfig,
-    *,
-    split: str,
-    kind: Kind = "text",
-    against: Dataset | None = None,
-    accumulation: int = 1,
-    asked_max_length: int | None = None,
-    context: int | None = None,
-    error: str = "",
+    split: Split,
     progress: Progress | None = None,
 ) -> Facts:
     """The facts of one split, as a run with this configuration would see it.
@@ -40,13 +59,7 @@ def examine(
         loader: Of these samples, as the run would make it.
         encoder: What made the samples.
         config: What they were made with.
-        split: "training" or "evaluation".
-        kind: What the samples are.
-        against: The training data, for what evaluation data has in common with it.
-        accumulation: Batches of a step.
-        asked_max_length: Before the model's context cut it.
-        context: Tokens that the model can see.
-        error: Why the run stops at a row.
+        split: Which one it is.
         progress: Told how many samples of how many are done.
 
     Raises:
@@ -55,39 +68,46 @@ def examine(
     Cost: one pass over the samples with 8 bytes for each, one more over the rows as far as the last place
         that is shown, 2,000 rows at least; and once more the samples where equal ones are looked for.
     """
-    report = dataset.report
+    report, kind = dataset.report, split.kind
     tally = Tally(encoder, kind, report.path, progress)
     tally.add_all(dataset.samples)
-    rejected = [Place(where, why) for where, why in report.rejected[:MOST_PLACES]]
-    places = {"rejected": tuple(rejected), **{name: tuple(found) for name, found in tally.places.items()}}
-    size = 2 if kind == "pair" else 1
-    if report.num_duplicates:
-        places["duplicate"] = equal_places(dataset.samples, size=size)
-    if report.num_overlap and against is not None:
-        places["overlap"] = equal_places(dataset.samples, against.samples, size=size)
+    places = _places(dataset, tally, split)
+    too_long = {row_of(where) for where, why in report.rejected[:MOST_MEASURED] if OVERLONG in why}
     again = reread(
         report.path,
-        "train" if split == "training" else "eval",
+        "train" if split.name == "training" else "eval",
         config,
         encoder,
         kind,
         raw={place.where for found in places.values() for place in found},
-        measured=tally.truncated if config.on_overlong == "truncate" else set(),
+        measured=tally.truncated | too_long,
     )
     return Facts(
-        split=split,
+        split=split.name,
         path=report.path,
         kind=kind,
         **_told(dataset, encoder, config, report.format in CHAT_FORMATS and encoder.has_template),
         **tally.counts(),
         **_counted_again(again),
-        asked_max_length=asked_max_length or config.max_length,
-        context=context,
-        packed=_packed(loader, config, size, accumulation),
-        places={name: found for name, found in places.items() if found},
+        asked_max_length=split.asked_max_length or config.max_length,
+        context=split.context,
+        packed=_packed(loader, config, 2 if kind == "pair" else 1, split.accumulation),
+        places=places,
         chosen=tally.chosen(),
-        error=error,
+        error=split.error,
     )
+
+
+def _places(dataset: Dataset, tally: Tally, split: Split) -> dict[str, tuple[Place, ...]]:
+    """The first places of each kind of problem that there is."""
+    report, size = dataset.report, 2 if split.kind == "pair" else 1
+    places = {"rejected": tuple(Place(where, why) for where, why in report.rejected[:MOST_PLACES])}
+    places |= {name: tuple(found) for name, found in tally.places.items()}
+    if report.num_duplicates:
+        places["duplicate"] = equal_places(dataset.samples, size=size)
+    if report.num_overlap and split.against is not None:
+        places["overlap"] = equal_places(dataset.samples, split.against.samples, size=size)
+    return {name: found for name, found in places.items() if found}
 
 
 def _told(dataset: Dataset, encoder: Encoder, config: DataConfig, templated: bool) -> dict[str, Any]:
@@ -107,7 +127,7 @@ def _told(dataset: Dataset, encoder: Encoder, config: DataConfig, templated: boo
         "num_rows": report.num_rows,
         "num_used": report.num_rows - num_rejected,
         "num_rejected": num_rejected,
-        "num_dropped": sum("max_length" in why for _, why in report.rejected),
+        "num_dropped": sum(OVERLONG in why for _, why in report.rejected),
         "num_truncated": report.num_truncated,
         "num_split": report.num_split,
         "num_duplicates": report.num_duplicates,

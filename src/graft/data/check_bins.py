@@ -21,7 +21,9 @@ def width_of(largest: int, most: int) -> int:
     """The smallest width of 1, 2 or 5 times a power of ten with which `most` bins reach up to a number."""
     width = 1
     while width * most <= largest:
-        width = next(factor * power for power in [_power(width)] for factor in (2, 5, 10) if factor * power > width)
+        width = next(
+            factor * power for power in [_power(width)] for factor in (2, 5, 10) if factor * power > width
+        )
     return width
 
 
@@ -42,5 +44,6 @@ def bins(counts: NDArray[Any], width: int, largest: int) -> list[Bin]:
     """
     starts = range(0, largest + 1, width)
     return [
-        Bin(begin, min(begin + width - 1, largest), int(counts[begin : begin + width].sum())) for begin in starts
+        Bin(begin, min(begin + width - 1, largest), int(counts[begin : begin + width].sum()))
+        for begin in starts
     ]

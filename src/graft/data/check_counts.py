@@ -20,7 +20,10 @@ def share(part: int, whole: int) -> str:
 
 def heading(facts: Facts) -> dict[str, str]:
     """What the file is and how it is read."""
-    told = {"file": facts.path, "format": f"{facts.format} ({facts.reason})" if facts.reason else facts.format}
+    told = {
+        "file": facts.path,
+        "format": f"{facts.format} ({facts.reason})" if facts.reason else facts.format,
+    }
     if facts.template:
         told["template"] = facts.template
     elif facts.has_template:
@@ -28,7 +31,9 @@ def heading(facts: Facts) -> dict[str, str]:
     else:
         told["template"] = "none; the tokenizer has none"
     noun = "row" if facts.num_rows == 1 else "rows"
-    told["rows"] = f"{facts.num_rows:,} {noun} read = {facts.num_used:,} used + {facts.num_rejected:,} left out"
+    told["rows"] = (
+        f"{facts.num_rows:,} {noun} read = {facts.num_used:,} used + {facts.num_rejected:,} left out"
+    )
     if facts.classes:
         shown = ", ".join(f"{name} {count:,}" for name, count in facts.classes[:8])
         told["classes"] = f"{len(facts.classes):,}: {shown}{', ...' if len(facts.classes) > 8 else ''}"
@@ -62,7 +67,10 @@ def _problems(facts: Facts) -> Iterator[tuple[str, str]]:
     if facts.format == "text" or facts.num_split:
         yield "rows split", share(facts.num_split, facts.num_used)
     yield "duplicates", share(facts.num_duplicates, facts.num_units)
-    yield "near duplicates", "not looked for" if facts.num_near is None else share(facts.num_near, facts.num_units)
+    yield (
+        "near duplicates",
+        "not looked for" if facts.num_near is None else share(facts.num_near, facts.num_units),
+    )
     if facts.split == "evaluation":
         yield "also in the training data", share(facts.num_overlap, facts.num_units)
 
@@ -71,7 +79,10 @@ def _tokens(facts: Facts) -> Iterator[tuple[str, str]]:
     if facts.kind != "class":
         yield "samples without a learned end token", share(facts.num_without_end, facts.num_samples)
     twice, missing = facts.num_bos_twice, facts.num_bos_missing
-    yield "begin token: twice / missing", f"{share(twice, facts.num_samples)} / {share(missing, facts.num_samples)}"
+    yield (
+        "begin token: twice / missing",
+        f"{share(twice, facts.num_samples)} / {share(missing, facts.num_samples)}",
+    )
     yield "samples that spell a control token", share(facts.num_control_text, facts.num_samples)
     lost = share(facts.num_unknown, facts.num_tokens)
     yield "unknown tokens", f"{lost}: {facts.unknown}" if facts.unknown else lost

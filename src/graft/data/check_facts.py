@@ -1,4 +1,4 @@
-"""What `graft data check` knows of one split: counts, distributions, places. No rule and no drawing is here."""
+"""What `graft data check` knows of one split: counts, distributions, places; no rule, no drawing."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Facts:
         has_template: Whether there is one at all.
         loss_on: The setting of that name.
         on_overlong: The setting of that name.
-        max_length: Tokens of the longest sample allowed; `asked_max_length` before the model's context cut it.
+        max_length: Most tokens of a sample; `asked_max_length` before the model's context cut it.
         context: Tokens that the model can see, None where nothing bounds them.
         num_rows: Rows read: `num_used` and `num_rejected`, of which `num_dropped` only for their length.
         num_samples: Samples; a preference has two.
@@ -70,7 +70,7 @@ class Facts:
         lengths: How many samples have 0, 1, 2, ... tokens.
         labelled: How many samples learn 0, 1, 2, ... tokens.
         labelled_by_length: Learned tokens of the samples of each length.
-        needed: Tokens that truncated rows would have, of the first thousand of them.
+        needed: Tokens that truncated rows, and rows left out for their length, would have (a thousand each).
         preferred: Median learned tokens of chosen and of rejected answers; of preferences only.
         num_truncated: Rows whose end was cut away; likewise `num_split`, `num_duplicates`, `num_near`
             (None where it was not looked for), `num_overlap`.
@@ -86,7 +86,8 @@ class Facts:
         classes: How many samples each class has.
         packed: The rows of an epoch.
         places: The first places of each kind of problem.
-        chosen: Indexes of samples worth a look: "random", "longest", "shortest", "least labelled", "truncated".
+        chosen: Indexes of samples by what they were chosen for: "random", "longest", "shortest", "least
+            labelled", "truncated".
         raw: The rows at places, as they stand in the file.
         notes: What the report tells besides.
         error: Why a run with these settings stops at a row; "" where it does not.
@@ -164,7 +165,16 @@ class Facts:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON: distributions as quantiles and bins, samples and raw rows left out."""
-        left_out = ("lengths", "labelled", "labelled_by_length", "chosen", "raw", "packed", "needed", "places")
+        left_out = (
+            "lengths",
+            "labelled",
+            "labelled_by_length",
+            "chosen",
+            "raw",
+            "packed",
+            "needed",
+            "places",
+        )
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         width = width_of(self.longest, 40)
         histogram = [
@@ -179,7 +189,9 @@ class Facts:
             "quantiles": {f"{share:g}": self.length_at(share) for share in (0.5, 0.9, 0.99, 1.0)},
             "labelled_quantiles": {f"{share:g}": self.labelled_at(share) for share in (0.5, 0.9, 0.99, 1.0)},
             "histogram": histogram,
-            "packing": None if self.packed is None else {name: value for name, value in asdict(self.packed).items() if name != "first"},
+            "packing": None
+            if self.packed is None
+            else {name: value for name, value in asdict(self.packed).items() if name != "first"},
             "places": {name: [asdict(place) for place in found] for name, found in self.places.items()},
         }
 

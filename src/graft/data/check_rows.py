@@ -1,4 +1,4 @@
-"""The rows of a file once more, for what samples no longer tell: raw texts, whole lengths, marks of templates."""
+"""The rows of a file once more, for what samples do not tell: raw texts, whole lengths, old marks."""
 
 from __future__ import annotations
 
@@ -103,6 +103,8 @@ def reread(
         for found in encoder.encode(lengthy(), _UNLIMITED)
         if not isinstance(found, Rejected)
     ]
+    if kind == "pair":  # a preference needs what its longer answer needs
+        whole = [max(pair) for pair in zip(whole[0::2], whole[1::2], strict=False)]
     needed = tuple(length for length in whole if length > config.max_length)
     return Reread(texts, needed, looked_at, templated, _unused(first, config, kind))
 
@@ -204,4 +206,3 @@ def is_templated(example: Example, marked: Callable[[str], bool]) -> bool:
     else:
         texts = [example.prompt, example.completion] if isinstance(example, Pair) else [example.text]
     return sum(map(marked, texts)) * 2 >= max(len(texts), 1)
-

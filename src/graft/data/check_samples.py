@@ -1,4 +1,4 @@
-"""Samples token by token, as a model sees them: ids, pieces of text, what is learned, control tokens, ends."""
+"""Samples token by token, as a model sees them: ids, pieces of text, what is learned, controls, ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts over samples, one after another: what is learned, what begins and ends them, which are worth a look."""
+"""Counts over samples, one after another: what is learned, how they begin and end, which to look at."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class Tally:
         progress: Told how many samples of how many are done.
     """
 
-    def __init__(self, encoder: Encoder, kind: Kind, seed: str = "", progress: Progress | None = None) -> None:
+    def __init__(
+        self, encoder: Encoder, kind: Kind, seed: str = "", progress: Progress | None = None
+    ) -> None:
         text = encoder.text
         self._kind, self._seed, self._progress = kind, seed, progress
         self._bos = list(text.bos_ids)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from graft.data.check import examine
+from graft.data.check import Split, examine
 from graft.data.check_facts import Facts
 from graft.data.check_rules import Finding, find
 from graft.data.masking import Encoder
@@ -80,20 +80,24 @@ def check_data(config: RunConfig, progress: Progress | None = None) -> Checked:
                 loader,
                 encoder,
                 config.data,
-                split=split,
-                kind=sample_kind(config),
-                against=datasets[0] if split == "evaluation" else None,
-                accumulation=config.training.gradient_accumulation_steps if split == "training" else 1,
-                asked_max_length=asked,
-                context=context_tokens(model_config),
-                error=_of(error, data),
-                progress=progress(f"{split} data") if progress is not None else None,
+                Split(
+                    name=split,
+                    kind=sample_kind(config),
+                    against=datasets[0] if split == "evaluation" else None,
+                    accumulation=config.training.gradient_accumulation_steps if split == "training" else 1,
+                    asked_max_length=asked,
+                    context=context_tokens(model_config),
+                    error=_of(error, data),
+                ),
+                progress(f"{split} data") if progress is not None else None,
             )
         )
     return Checked(tuple(facts), datasets, tuple(find(facts)), encoder, config, error)
 
 
-def _prepared(config: RunConfig, text: TextEncoder) -> tuple[tuple[Dataset, ...], RunConfig, DataError | None]:
+def _prepared(
+    config: RunConfig, text: TextEncoder
+) -> tuple[tuple[Dataset, ...], RunConfig, DataError | None]:
     """The data of a run, or of the same run without the rows that would stop it, and what stops it.
 
     Raises:
