@@ -192,13 +192,13 @@ def _counts(splits: Sequence[Facts]) -> RenderableType:
 
 
 def _finding(number: int, finding: Finding) -> RenderableType:
-    head = Text(f"{number}. ")
-    head.append(finding.level, STYLES.get(finding.level, "bold"))
+    head = Text().append(finding.level, STYLES.get(finding.level, "bold"))
     head.append(f" ({finding.split})" if finding.split != "training" else "", "dim")
     head.append(f" {visible(finding.what)}")
-    rest = Text(visible(finding.why), "dim")
-    mend = Text("mend: ", "bold").append(finding.fix, "not bold")
-    return Padding(Group(head, Padding(Group(rest, mend), (0, 0, 0, 3))), (0, 0, 0, 2))
+    mend = Text("mend: ", "bold").append(visible(finding.fix), "not bold")
+    table = Table.grid(padding=(0, 1))
+    table.add_row(Text(f"{number}."), Group(head, Text(visible(finding.why), "dim"), mend))
+    return Padding(table, (0, 0, 0, 2))
 
 
 def _verdict(found: Checked) -> Text:

@@ -126,7 +126,8 @@ def little_learned(facts: Facts, threshold: float) -> Told:
 def all_learned(facts: Facts, threshold: float) -> Told:
     """A share of learned tokens from the threshold on, of rows that have questions."""
     chat = facts.format in CHAT_FORMATS or facts.format in ("prompt_completion", "preference")
-    if not chat or facts.labelled_share < threshold:
+    learnable = facts.num_tokens - facts.num_samples  # nothing stands before a sample's first token
+    if not chat or facts.kind == "class" or not learnable or facts.num_labelled < threshold * learnable:
         return None
     return (
         f"{_share(facts.num_labelled, facts.num_tokens)} of the tokens are learned, the questions too",
@@ -156,13 +157,13 @@ def _no_stop(facts: Facts) -> str:
 def _longer(facts: Facts) -> str:
     wanted = needed_length(facts)
     rounded = -(-wanted // ROUND) * ROUND
+    drop = "; or set data.on_overlong to drop" if facts.on_overlong != "drop" else ""
     if facts.context is not None and wanted > facts.context:
         return (
-            f"shorten the rows: 99 % of them need {wanted:,} tokens, the model sees {facts.context:,}; or set "
-            "data.on_overlong to drop"
+            f"shorten the rows: 99 % of them need {wanted:,} tokens, the model sees {facts.context:,}{drop}"
         )
     rounded = rounded if facts.context is None else min(rounded, facts.context)
-    return f"data.max_length {rounded} would keep 99 % of the rows whole; or set data.on_overlong to drop"
+    return f"data.max_length {rounded} would keep 99 % of the rows whole{drop}"
 
 
 def needed_length(facts: Facts, share: float = 0.99) -> int:
@@ -193,10 +194,11 @@ def dropped(facts: Facts, threshold: float) -> Told:
     """Rows left out for their length; of rows."""
     if not _above(facts.num_dropped, facts.num_rows, threshold):
         return None
+    count = _of(facts.num_dropped, facts.num_rows, "rows")
     return (
-        f"{_of(facts.num_dropped, facts.num_rows, 'rows')} are left out because of max_length {facts.max_length:,}",
+        f"{count} are left out because of max_length {facts.max_length:,}",
         "long rows are often the ones that teach most",
-        "raise data.max_length",
+        _longer(facts),
     )
 
 

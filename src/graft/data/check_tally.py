@@ -22,6 +22,9 @@ MOST_CHOSEN = 20
 MOST_MEASURED = 1000
 """Truncated rows whose whole length is measured."""
 
+_CLOSING = 3
+"""Tokens of a learned part's end among which its end token stands."""
+
 Progress = Callable[[int, int], None]
 
 
@@ -84,9 +87,11 @@ class Tally:
             self._note("unknown", index, sample, f"{lost} unknown token{'s' if lost > 1 else ''}")
 
     def _has_end(self, ids: NDArray[Any], learned: NDArray[Any]) -> bool:
-        last = learned & ~np.append(learned[1:], False)
-        ends = ids[last]
-        return bool(self._controls[ends[ends < len(self._controls)]].any())
+        """Whether a learned part ends with a control token, perhaps with the line end of a template after it."""
+        ends = np.flatnonzero(learned & ~np.append(learned[1:], False))
+        near = np.unique(np.clip(ends[:, None] - np.arange(_CLOSING), 0, None))
+        closing = ids[near[learned[near]]]
+        return bool(self._controls[closing[closing < len(self._controls)]].any())
 
     def _begin(self, index: int, sample: Sample) -> None:
         size = len(self._bos)

@@ -100,7 +100,8 @@ class Lengths:
             f'<div class="lengths"><div class="columns">{"".join(bars)}</div>{line}</div>'
             f'<div class="axis"><span>0</span><span>{end // 2:,}</span><span>{end:,} tokens</span></div>'
             f'<p class="note">Highest bar: {most:,} samples. Half of the samples have '
-            f"{facts.length_at(0.5):,} tokens or fewer, 99 % {facts.length_at(0.99):,}, the longest {facts.longest:,}{beyond}.</p>"
+            f"{facts.length_at(0.5):,} tokens or fewer, 99 % {facts.length_at(0.99):,}, the longest "
+            f"{facts.longest:,}{beyond}.</p>"
         )
 
 
