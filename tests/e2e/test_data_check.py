@@ -146,7 +146,8 @@ def test_data_cannot_act_on_a_terminal(tmp_path: Path) -> None:
     evil = "red \x1b[31m bell \x07 title \x1b]0;x\x07 turn \u202e end [bold]markup[/bold]"
     rows = [{"prompt": f"{evil} {n} ", "completion": f"{evil} {n}"} for n in range(3)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code = f"import sys\nsys.stdout.isatty = lambda: True\nfrom graft.cli.main import run\nrun({['data', 'check', '--data', str(path)]!r})"
+    words = ["data", "check", "--data", str(path)]
+    code = f"import sys\nsys.stdout.isatty = lambda: True\nfrom graft.cli.main import run\nrun({words!r})"
     environment = {"TERM": "xterm-256color", "PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", code],

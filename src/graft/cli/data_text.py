@@ -157,6 +157,7 @@ def _visible(char: str) -> str:
 def _lengths(facts: Facts) -> Iterator[Text]:
     width = width_of(facts.longest, BARS)
     found = bins(facts.lengths, width, facts.longest)
+    found = found[next(place for place, bin in enumerate(found) if bin.count) :]
     most = max(bin.count for bin in found)
     names = [f"{bin.begin:,}–{bin.last:,}" for bin in found]
     room = max(map(len, names))

@@ -67,10 +67,8 @@ def _problems(facts: Facts) -> Iterator[tuple[str, str]]:
     if facts.format == "text" or facts.num_split:
         yield "rows split", share(facts.num_split, facts.num_used)
     yield "duplicates", share(facts.num_duplicates, facts.num_units)
-    yield (
-        "near duplicates",
-        "not looked for" if facts.num_near is None else share(facts.num_near, facts.num_units),
-    )
+    if facts.num_near is not None:
+        yield "near duplicates", share(facts.num_near, facts.num_units)
     if facts.split == "evaluation":
         yield "also in the training data", share(facts.num_overlap, facts.num_units)
 

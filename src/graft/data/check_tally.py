@@ -87,7 +87,7 @@ class Tally:
             self._note("unknown", index, sample, f"{lost} unknown token{'s' if lost > 1 else ''}")
 
     def _has_end(self, ids: NDArray[Any], learned: NDArray[Any]) -> bool:
-        """Whether a learned part ends with a control token, perhaps with the line end of a template after it."""
+        """Whether a learned part ends with a control token, perhaps a template's line end after it."""
         ends = np.flatnonzero(learned & ~np.append(learned[1:], False))
         near = np.unique(np.clip(ends[:, None] - np.arange(_CLOSING), 0, None))
         closing = ids[near[learned[near]]]

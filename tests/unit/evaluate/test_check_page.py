@@ -18,7 +18,7 @@ from graft.evaluate.check_page import write_check
 from graft.training.config import RunConfig
 from graft.training.data_check import Checked, check_data
 
-EVIL = "</script><script>window.evil = 1</script><img src=x onerror='window.evil = 1'> & \" ' \u202eabc \x1b[31m 漢🦊"
+EVIL = "</script><script>window.evil=1</script><img src=x onerror='window.evil=1'> & \" ' \u202eab \x1b[31m🦊"
 FEW = [
     {
         "messages": [
