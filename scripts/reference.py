@@ -89,6 +89,7 @@ def _kind(annotation: str) -> str:
         "bool": "true or false",
         "tuple[str, ...]": "list of texts",
         "tuple[int, ...]": "list of whole numbers",
+        "Mapping[str, str]": "texts by name",
     }
     names = []
     for part in parts:
@@ -101,6 +102,8 @@ def _kind(annotation: str) -> str:
 
 def _default(field: dataclasses.Field[Any]) -> str:
     value = field.default
+    if field.default_factory is dict:
+        return "none"
     if value is dataclasses.MISSING:
         return "its defaults"
     words = {None: "null", True: "true", False: "false", (): "none"}

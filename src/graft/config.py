@@ -16,7 +16,15 @@ from typing import Any, TypeVar
 
 from graft.dialects import ALIASES, SWITCHES, own_path, own_value
 from graft.errors import ConfigError
-from graft.sections import accepts, describe_type, field_types, options, section_of, unknown_variants
+from graft.sections import (
+    accepts,
+    describe_type,
+    field_types,
+    holds_names,
+    options,
+    section_of,
+    unknown_variants,
+)
 
 T = TypeVar("T")
 
@@ -247,8 +255,11 @@ def _nest(settings: Settings, cls: type, problems: list[ConfigError]) -> dict[st
                 problems.append(_unknown(path, ".".join(names[:depth]), name, fields, settings))
                 break
             section = section_of(fields[name])
+            if depth < len(names) - 1 and holds_names(fields[name]):
+                node[name] = {**(node.get(name) or {}), ".".join(names[depth + 1 :]): value}
+                break
             if depth == len(names) - 1:
-                if isinstance(value, dict) and section is None:
+                if isinstance(value, dict) and section is None and not holds_names(fields[name]):
                     problems.append(
                         ConfigError(f"{path} takes a value, not a section", where=settings.origins[path])
                     )
@@ -295,7 +306,7 @@ def _construct(
             problems.append(
                 ConfigError(
                     f"{full} = {value!r}: {told[0].lower()}{told[1:]}",
-                    where=settings.origins.get(full, full),
+                    where=_origin(settings, full),
                     fix=f"{full} takes {describe_type(fields[name])}",
                 )
             )
@@ -304,13 +315,18 @@ def _construct(
     try:
         return cls(**values)
     except ConfigError as error:
-        error.where = settings.origins.get(error.where, error.where)
+        error.where = _origin(settings, error.where)
         problems.append(error)
     except TypeError as error:
         problems.append(
             ConfigError(f"{path or 'the configuration'}: {error}", where=path, fix="add what is missing")
         )
     return None
+
+
+def _origin(settings: Settings, path: str) -> str:
+    inner = (origin for known, origin in settings.origins.items() if known.startswith(f"{path}."))
+    return settings.origins.get(path) or next(inner, path)
 
 
 def _refuse_bool(value: Any, kind: Any) -> None:

@@ -7,12 +7,13 @@ full disk: it is written beside its place, flushed to the disk, then renamed.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,11 +33,27 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         StorageError: The disk is full or the place cannot be written; the old file is untouched.
     """
+    write_chunks(path, [data])
+
+
+def write_chunks(path: str | os.PathLike[str], chunks: Iterable[bytes]) -> None:
+    """Write a file from pieces, as `write_bytes` does from a whole.
+
+    Args:
+        path: Where to write; the directory must exist.
+        chunks: The content, piece by piece.
+
+    Raises:
+        StorageError: The disk is full or the place cannot be written; the old file is untouched.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    num_bytes = 0
     try:
         with open(partial, "wb") as file:
-            file.write(data)
+            for chunk in chunks:
+                num_bytes += len(chunk)
+                file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -44,7 +61,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        refuse(error, path, len(data))
+        refuse(error, path, num_bytes)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -208,6 +225,31 @@ def _publish(partial: Path, path: Path) -> None:
     sync_directory(path.parent)
     if old.exists():
         _remove(old)
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str], waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold a lock that one process has at a time; it is gone when the process ends, however it ends.
+
+    Args:
+        path: A file that stands for the lock; it is made, and stays.
+        waiting: Called once where another process holds it.
+
+    Raises:
+        StorageError: The file cannot be made.
+    """
+    with refusing(path, 0):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is not None:
+                waiting()
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def remove_directory(path: Path) -> None:

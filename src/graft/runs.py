@@ -6,6 +6,7 @@ runs/first/
     timings.jsonl     speed and memory of each logged step; differs from run to run
     spectra.jsonl     singular values of the adapter's updates, now and then; the same bytes for the same run
     audit.json        what the audit of the first steps saw
+    quarantine.jsonl  rows that data.skip_invalid left out, each with its place and reason; only where there are any
     splits.json       from which steps on memory allowed fewer rows at a time; only where it ran out
     checkpoints/step-NNNNNN/
     adapter/          the result: a PEFT adapter directory (or model/ after full fine-tuning)
@@ -47,6 +48,7 @@ class RunDirectory:
         self.checkpoints_path = self.path / "checkpoints"
         self.adapter_path = self.path / "adapter"
         self.model_path = self.path / "model"
+        self.quarantine_path = self.path / "quarantine.jsonl"
         self.report_path = self.path / "report.html"
 
     @classmethod

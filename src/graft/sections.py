@@ -78,6 +78,11 @@ def section_of(kind: Any) -> type | None:
     return next((o for o in options(kind) if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
 
 
+def holds_names(kind: Any) -> bool:
+    """Whether a field holds values by names of the user's own, `columns: {prompt: question}`."""
+    return typing.get_origin(kind) is Mapping
+
+
 def accepts(kind: Any, wanted: type) -> bool:
     """Whether a field may hold a value of a type."""
     return any(
@@ -92,6 +97,8 @@ def describe_type(kind: Any) -> str:
     for option in options(kind):
         if typing.get_origin(option) is typing.Literal:
             told.append("one of " + ", ".join(repr(arg) for arg in typing.get_args(option)))
+        elif holds_names(option):
+            told.append("texts by name")
         elif typing.get_origin(option) is tuple:
             told.append(f"a list of {words.get(typing.get_args(option)[0], 'values')}")
         else:

@@ -220,8 +220,9 @@ def test_messages_without_a_template_are_refused_with_the_fix(tmp_path: Path, to
         ("latin.txt", b"a\ncaf\xe9", "not UTF-8"),
         ("columns.jsonl", b'{"speech": "a"}', "fit no known format"),
         ("pairs.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": "c"}', "preferences"),
-        ("rows.parquet", b"PAR1", "not read"),
-        ("rows.jsonl.gz", b"\x1f\x8b", "not read"),
+        ("rows.parquet", b"PAR1", "not a sound parquet"),
+        ("rows.jsonl.gz", b"\x1f\x8b", "ends too soon"),
+        ("rows.xlsx", b"PK", "not read"),
     ],
 )
 def test_a_useless_file_is_refused_by_name(

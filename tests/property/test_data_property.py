@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -144,7 +145,13 @@ def test_packing_is_first_fit_decreasing(lengths: list[int], spare: int) -> None
                 break
         else:
             expected.append([index])
-    assert rows == expected
+    assert list(rows) == expected
+    assert rows.sums(np.asarray(lengths, dtype=np.int32)).tolist() == [
+        sum(lengths[i] for i in row) for row in expected
+    ]
+    in_order = sorted(sorted(row) for row in expected)
+    assert list(rows.in_order()) == in_order
+    assert list(rows.taken(np.arange(len(rows))[::-1])) == expected[::-1]
 
 
 def make_samples(lengths: list[int]) -> list[Sample]:

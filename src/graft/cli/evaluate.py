@@ -14,7 +14,10 @@ from graft.config import closest
 if TYPE_CHECKING:
     from graft.data.config import DataConfig
 
-FIELDS = ("format", "limit", "max_length", "on_overlong", "loss_on", "chat_template", "skip_invalid")
+FIELDS = (
+    *("format", "limit", "max_length", "on_overlong", "loss_on", "chat_template", "skip_invalid"),
+    "columns",
+)
 """Fields of the data section that act on an evaluation."""
 
 FLAGS = {
@@ -34,7 +37,7 @@ def evaluate(
         str | None, typer.Argument(help="Directory or hub id; the adapter's own base if left out.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", "-d", help="Evaluation data: jsonl, json, csv, txt.")
+        str | None, typer.Option("--data", "-d", help="Evaluation data: a file, a directory, hub:owner/name.")
     ] = None,
     adapter: Annotated[Path | None, typer.Option("--adapter", "-a", help="Adapter or run directory.")] = None,
     metrics: Annotated[
@@ -113,7 +116,7 @@ def read_data_fields(assignments: Sequence[str], verb: str) -> DataConfig:
     settings = Settings()
     for path, value in read_assignments(assignments).values.items():
         name = path.removeprefix("data.")
-        if name not in FIELDS:
+        if name.partition(".")[0] not in FIELDS:
             raise ConfigError(
                 f"{verb} does not take {path!r}", where=f"--set {path}", fix=_instead(path, name)
             )

@@ -40,7 +40,7 @@ def train(
         str | None, typer.Option("--model", "-m", help='Directory, hub id, or "builtin" (the default).')
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", "-d", help="Training data: jsonl, json, csv, txt.")
+        str | None, typer.Option("--data", "-d", help="Training data: a file, a directory, hub:owner/name.")
     ] = None,
     eval_data: Annotated[str | None, typer.Option("--eval-data", help="Evaluation data.")] = None,
     method: Annotated[

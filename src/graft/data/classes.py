@@ -11,21 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from graft.config import closest
+from graft.data.columns import check_used
 from graft.data.config import DataConfig
 from graft.data.examples import column_text
 from graft.data.masking import Encoder
-from graft.data.prepare import (
-    Dataset,
-    count_samples,
-    digest_of,
-    make_encoder,
-    num_rows,
-    read_file,
-    refuse_all,
-)
+from graft.data.prepare import Dataset, count_samples, make_encoder
+from graft.data.quarantine import Quarantine
+from graft.data.reading import LeftOut, num_rows, read_file, refuse_all
 from graft.data.report import Report
 from graft.data.samples import IGNORED, Sample
-from graft.data.sources import Row
+from graft.data.sources import Row, Source
 from graft.data.tokens import private_character
 from graft.errors import DataError
 
@@ -48,14 +43,22 @@ class ClassReader:
     def __init__(self, labels: Sequence[str] = ()) -> None:
         self.labels = tuple(labels)
 
-    def __call__(self, path: str, tokenizer: Any, config: DataConfig, split: str = "train") -> Dataset:
-        """Read a file and encode it.
+    def __call__(
+        self,
+        source: Source,
+        tokenizer: Any,
+        config: DataConfig,
+        split: str = "train",
+        quarantine: Quarantine | None = None,
+    ) -> Dataset:
+        """Read a source and encode it.
 
         Args:
-            path: The file or directory.
+            source: A file, a directory, a data set of the hub, or rows from Python.
             tokenizer: A fast tokenizer of transformers, or an `Encoder`.
             config: `on_overlong` cuts the end of a text, drops the row, or is an error.
             split: "train" or "eval".
+            quarantine: Receives each row that is left out under skip_invalid.
 
         Raises:
             DataError: A text or a label is wrong (unless skip_invalid), a label is not among those of the
@@ -63,20 +66,24 @@ class ClassReader:
             StorageError: The file cannot be read.
         """
         encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
-        rows, report = read_file(path, config, split)
+        rows, reading = read_file(source, config, split, encoder, quarantine)
+        report = reading.report
         report.format, report.reason = FORMAT, "asked for by the task"
-        good = self._checked(rows, config, report)
+        left_out = reading.left_out
+        good = self._checked(rows, left_out)
         if not self.labels:
-            self.labels = _labels_of([label for _, _, label in good], path)
-        samples = self._encode(good, encoder, config, report)
+            self.labels = _labels_of([label for _, _, label in good], report.path)
+        samples = self._encode(good, encoder, config, left_out)
         if not samples:
-            refuse_all(path, report.rejected)
+            refuse_all(report)
         count_samples(samples, encoder, report)
         report.num_used = len(samples)
-        self._note(samples, good, rows, encoder, report)
-        return Dataset(samples, report, digest_of(rows), self.labels)
+        unused = [name for name in rows[0].value if name not in ("text", "label")]
+        check_used(config.columns, unused, FORMAT, report.path)
+        self._note(samples, good, unused, encoder, report)
+        return Dataset(samples, report, reading.digest, self.labels)
 
-    def _checked(self, rows: Sequence[Row], config: DataConfig, report: Report) -> list[tuple[Row, str, str]]:
+    def _checked(self, rows: Sequence[Row], left_out: LeftOut) -> list[tuple[Row, str, str]]:
         found = []
         for row in rows:
             try:
@@ -90,13 +97,11 @@ class ClassReader:
                     )
                 found.append((row, text, label))
             except DataError as error:
-                if not config.skip_invalid:
-                    raise
-                report.rejected.append((error.where, error.what))
+                left_out.add(error, row)
         return found
 
     def _encode(
-        self, good: Sequence[tuple[Row, str, str]], encoder: Encoder, config: DataConfig, report: Report
+        self, good: Sequence[tuple[Row, str, str]], encoder: Encoder, config: DataConfig, left_out: LeftOut
     ) -> list[Sample]:
         numbers = {label: number for number, label in enumerate(self.labels)}
         encodings = encoder.text.encode([text for _, text, _ in good])
@@ -104,7 +109,8 @@ class ClassReader:
         for (row, text, label), encoding in zip(good, encodings, strict=True):
             ids = [*encoder.text.bos_ids, *encoding.ids]
             if not text.strip() or not ids:
-                report.rejected.append((row.where, "nothing to learn from: the text is empty"))
+                empty = DataError("nothing to learn from: the text is empty", where=row.where)
+                left_out.add(empty, row, invalid=False)
                 continue
             remarks: tuple[str, ...] = ()
             if len(ids) > config.max_length:
@@ -113,19 +119,21 @@ class ClassReader:
                     fix = "raise data.max_length, or truncate or drop"
                     raise DataError(reason, where=row.where, fix=fix)
                 if config.on_overlong == "drop":
-                    report.rejected.append((row.where, reason))
+                    fix = "raise data.max_length, or truncate"
+                    overlong = DataError(reason, where=row.where, fix=fix)
+                    left_out.add(overlong, row, invalid=False, overlong=True)
                     continue
                 ids, remarks = ids[: config.max_length], (CUT,)
             classes = [IGNORED] * (len(ids) - 1) + [numbers[label]]
             samples.append(Sample(ids, classes, row.where, remarks))
-        report.num_truncated = sum(CUT in sample.remarks for sample in samples)
+        left_out.report.num_truncated = sum(CUT in sample.remarks for sample in samples)
         return samples
 
     def _note(
         self,
         samples: Sequence[Sample],
         good: Sequence[tuple[Row, str, str]],
-        rows: Sequence[Row],
+        unused: Sequence[str],
         encoder: Encoder,
         report: Report,
     ) -> None:
@@ -137,11 +145,10 @@ class ClassReader:
         told = {text: label for _, text, label in good}
         if torn := len({text for _, text, label in good if told[text] != label}):
             report.notes.append(f"{torn} texts stand there under two labels or more")
-        value = rows[0].value
-        if unused := [name for name in value if name not in ("text", "label")]:
+        if unused:
             report.notes.append(f"columns that are not used: {', '.join(unused)}")
         if report.rejected:
-            left, first = num_rows(len(report.rejected)), ": ".join(report.rejected[0])
+            left, first = num_rows(report.num_rejected), ": ".join(report.rejected[0])
             report.notes.append(f"{left} left out, the first: {first}")
         report.preview = [
             f"{encoder.tokenizer.decode(sample.input_ids)} -> {self.labels[sample.labels[-1]]}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
+from graft.data.columns import check_parts
 from graft.errors import ConfigError
 
 
@@ -17,7 +19,8 @@ class DataConfig:
     """
 
     train: str | None = None
-    """Training data: a .jsonl, .json, .csv, .tsv or .txt file, or a directory with a train file."""
+    """Training data: a .jsonl, .json, .csv, .tsv, .txt (each also .gz), .parquet or .arrow file, a directory with
+    a train file, or "hub:owner/name"."""
     eval: str | None = None
     """Evaluation data, same kinds; rows that are also in the training data are counted and told."""
     format: Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt", "mixed"] = "auto"
@@ -37,11 +40,19 @@ class DataConfig:
     on_overlong: Literal["truncate", "drop", "error"] = "truncate"
     """What happens to a row of more than max_length tokens; a plain text is split into pieces instead."""
     skip_invalid: bool = False
-    """Leave out rows that cannot be read, naming each, instead of stopping at the first."""
+    """Leave out rows that cannot be used, writing each to quarantine.jsonl, instead of stopping at the first."""
     limit: int | None = None
     """Use only the first rows of each file, this many."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """The file's column for each part that is called otherwise there: {prompt: question, completion: answer}."""
+
+    workers: int = 1
+    """Threads that make batches ahead of the step that uses them; 0 makes each when it is wanted."""
+    cache: bool | str = True
+    """Keep tokens of files of 16 MiB or more, in graft's cache directory or in the one that is named."""
 
     def __post_init__(self) -> None:
+        check_parts(self.columns)
         if self.max_length < 2:
             raise ConfigError(
                 f"max_length must be at least 2 tokens, got {self.max_length}",
@@ -59,6 +70,12 @@ class DataConfig:
                 "eval and eval_fraction are both given",
                 where="data.eval_fraction",
                 fix="keep the evaluation file, or the fraction",
+            )
+        if self.workers < 0:
+            raise ConfigError(
+                f"workers must be at least 0 threads, got {self.workers}",
+                where="data.workers",
+                fix="1 is enough on most machines",
             )
         if self.limit is not None and self.limit < 1:
             raise ConfigError(

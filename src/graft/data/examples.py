@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from graft.config import closest
@@ -36,6 +36,14 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
+IMAGE_MARK = "<image>"
+"""What stands for a picture in the text of a row."""
+FLAGS = ("train", "weight")
+"""Fields of a message that say whether it is learned."""
+FOREIGN_FLAGS = (
+    "training", "trainable", "train_on_turn", "train_detail", "training_detail", "loss_weight", "train_on",
+)  # fmt: skip
+"""Names of other tools for the same."""
 MAX_TURNS = 1_000
 """Most messages of one conversation."""
 
@@ -43,13 +51,37 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Images:
+    """Pictures of a row.
+
+    Attributes:
+        paths: The files, in the order in which the messages speak of them.
+        places: The message that each belongs to.
+    """
+
+    paths: tuple[str, ...]
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Conversation:
-    """Messages with roles; the assistant's are learned from `trained_from` on."""
+    """Messages with roles; the assistant's are learned from `trained_from` on.
+
+    Attributes:
+        messages: Each with role and content, and whatever else the row has for the template.
+        where: The row.
+        tools: Descriptions of tools.
+        trained_from: No message before this one is learned.
+        flags: Messages of which the row itself says whether they are learned.
+        images: Files of pictures that belong to it, in the order of their marks.
+    """
 
     messages: list[Message]
     where: str
     tools: list[Any] | None = None
     trained_from: int = 0
+    flags: Mapping[int, bool] = field(default_factory=dict)
+    images: Images | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +139,12 @@ def plain_pair(conversation: Conversation) -> Pair:
     *history, last = conversation.messages
     if last["role"] != "assistant":
         raise DataError("the conversation does not end with an answer", where=conversation.where)
+    if not conversation.flags.get(len(history), True):
+        raise DataError(
+            "the last answer is not to be learned, and without a chat template only that one can be",
+            where=conversation.where,
+            fix="remove the row, or set data.chat_template",
+        )
     return Pair(plain_prompt(history), last["content"], conversation.where)
 
 
@@ -137,11 +175,14 @@ def read_messages(row: Row) -> Conversation:
         )
     else:
         turns = value[name]
-    messages = [_message(raw, index, row) for index, raw in enumerate([*prompts, *turns])]
-    return _conversation(messages, row, trained_from=len(prompts))
+    raws = [*prompts, *turns]
+    messages = [_message(raw, index, row) for index, raw in enumerate(raws)]
+    return _conversation(messages, row, trained_from=len(prompts), raws=raws)
 
 
-def _conversation(messages: list[Message], row: Row, trained_from: int = 0) -> Conversation:
+def _conversation(
+    messages: list[Message], row: Row, trained_from: int = 0, raws: Sequence[Any] = ()
+) -> Conversation:
     assert isinstance(row.value, dict)
     if not messages:
         raise DataError(
@@ -156,7 +197,50 @@ def _conversation(messages: list[Message], row: Row, trained_from: int = 0) -> C
     if isinstance(row.value.get("system"), str) and row.value["system"] and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": row.value["system"]}, *messages]
         trained_from += 1 if trained_from else 0
-    return Conversation(messages, row.where, _tools(row), trained_from)
+    added = len(messages) - len(raws)
+    flags = {
+        index + added: flag
+        for index, raw in enumerate(raws)
+        if len(raw) > 2 and (flag := _flag(raw, f"{row.where}, message {index + 1}")) is not None
+    }
+    images = None
+    if _may_have_images(row.value, raws):
+        from graft.data.images import images_of
+
+        messages, images = images_of(row, messages, raws)
+    return Conversation(messages, row.where, _tools(row), trained_from, flags, images)
+
+
+def _may_have_images(value: Mapping[str, Any], raws: Sequence[Any]) -> bool:
+    return bool(value.get("images") or value.get("image")) or any(
+        isinstance(raw.get("content"), list) for raw in raws
+    )
+
+
+def _flag(raw: Mapping[str, Any], where: str) -> bool | None:
+    """What a message says of itself: `"train"` or `"weight"`, true or false, 1 or 0.
+
+    Raises:
+        DataError: It says something else, or says it under another tool's name.
+    """
+    found = None
+    for name in FLAGS:
+        if name in raw and raw[name] is not None:
+            if raw[name] not in (0, 1):
+                raise DataError(
+                    f"{name!r} must be true or false, not {raw[name]!r:.60}",
+                    where=where,
+                    fix=f'write "{name}": false for a message that is not learned; there are no parts of a weight',
+                )
+            found = bool(raw[name])
+    for name in FOREIGN_FLAGS:
+        if name in raw:
+            raise DataError(
+                f"the message has the field {name!r}, which here is called 'train'",
+                where=where,
+                fix=f'rename {name!r} to "train", true or false',
+            )
+    return found
 
 
 def _message(raw: Any, index: int, row: Row) -> Message:
@@ -174,8 +258,37 @@ def _message(raw: Any, index: int, row: Row) -> Message:
             where=where,
             fix=f"did you mean {near!r}?" if near else "rename the role",
         )
+    if "content" not in raw and "value" in raw:
+        raise DataError("the message has 'role' and 'value'", where=where, fix="rename 'value' to 'content'")
     content = _content(raw.get("content"), where, optional=bool(raw.get("tool_calls")))
-    return {**raw, "content": content}
+    message = {**raw, "content": content}
+    if len(message) > 2:
+        for name in FLAGS:
+            message.pop(name, None)
+        _check_calls(message.get("tool_calls"), where)
+    return message
+
+
+def _check_calls(calls: Any, where: str) -> None:
+    """Refuse tool calls that no template can write.
+
+    Raises:
+        DataError: They are no list of objects with a name.
+    """
+    if calls is None:
+        return
+    for call in calls if isinstance(calls, list) else [calls]:
+        inner = call.get("function", call) if isinstance(call, dict) else None
+        if (
+            not isinstance(calls, list)
+            or not isinstance(inner, dict)
+            or not isinstance(inner.get("name"), str)
+        ):
+            raise DataError(
+                f"tool_calls must be a list of calls with a name, not {calls!r:.80}",
+                where=where,
+                fix='write "tool_calls": [{"type": "function", "function": {"name": "...", "arguments": {...}}}]',
+            )
 
 
 def _content(content: Any, where: str, *, optional: bool) -> str:
@@ -184,12 +297,25 @@ def _content(content: Any, where: str, *, optional: bool) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        if all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            return "".join(part["text"] for part in content)
+        texts = [_part_text(part) for part in content]
+        if None not in texts:
+            return "".join(text for text in texts if text is not None)
+        kinds = [part.get("type") if isinstance(part, dict) else part for part in content]
         raise DataError(
-            "the message holds something else than text", where=where, fix="only text is trained on"
+            f"the message holds something else than text and images: {kinds!r:.80}",
+            where=where,
+            fix='write parts as {"type": "text", "text": "..."} and {"type": "image", "path": "..."}',
         )
     raise DataError(f"content must be text, not {content!r:.60}", where=where, fix='write "content": "..."')
+
+
+def _part_text(part: Any) -> str | None:
+    """The text of a part of a message, an image's being its mark; None where it is neither."""
+    if not isinstance(part, dict):
+        return None
+    if part.get("type") in ("image", "image_url") or (part.get("type") is None and "image" in part):
+        return IMAGE_MARK
+    return part["text"] if isinstance(part.get("text"), str) else None
 
 
 def read_sharegpt(row: Row) -> Conversation:
@@ -206,7 +332,7 @@ def read_sharegpt(row: Row) -> Conversation:
             where=row.where,
             fix='write {"conversations": [{"from": "human", "value": "..."}, ...]}',
         )
-    return _conversation([_turn(raw, index, row) for index, raw in enumerate(turns)], row)
+    return _conversation([_turn(raw, index, row) for index, raw in enumerate(turns)], row, raws=turns)
 
 
 def _turn(raw: Any, index: int, row: Row) -> Message:
@@ -242,7 +368,7 @@ def continued(history: list[Message], answer: list[Message], row: Row) -> Conver
     Raises:
         DataError: It has no message, or too many.
     """
-    return _conversation([*history, *answer], row, trained_from=len(history))
+    return _conversation([*history, *answer], row, trained_from=len(history), raws=[*history, *answer])
 
 
 def _tools(row: Row) -> list[Any] | None:

@@ -42,12 +42,13 @@ CHAT_FORMATS = ("messages", "alpaca", "sharegpt", "mixed", "preference_chat")
 """Data formats that are rendered with the chat template where there is one."""
 
 _LOOKED_AT = 100
+_IMAGES = ("images", "image")
 _USED = {
     "text": ("text",),
     "prompt_completion": (),
-    "messages": ("messages", "conversations", "conversation", "system", "tools"),
-    "alpaca": ("instruction", "input", "output", "system", "history", "tools"),
-    "sharegpt": ("conversations", "conversation", "system", "tools"),
+    "messages": ("messages", "conversations", "conversation", "system", "tools", *_IMAGES),
+    "alpaca": ("instruction", "input", "output", "system", "history", "tools", *_IMAGES),
+    "sharegpt": ("conversations", "conversation", "system", "tools", *_IMAGES),
 }
 
 
@@ -86,7 +87,12 @@ def detect(rows: Sequence[Row], wanted: str = "auto") -> Detected:
     """
     if wanted != "auto":
         return Detected(wanted, "named by data.format", _columns_for(wanted, rows))
-    fits = [fit for row in rows[:_LOOKED_AT] if (fit := _fit(row)) is not None]
+    looked = rows[:_LOOKED_AT]
+    if all(_is_labelled(row) for row in looked):
+        _refuse_labels(looked[0])
+    if any(_is_rated(row) for row in looked):
+        _refuse_ratings(next(row for row in looked if _is_rated(row)))
+    fits = [fit for row in looked if (fit := _fit(row)) is not None]
     if not fits:
         _refuse_columns(rows[0])
     (name, _), count = Counter((fit.format, fit.reason) for fit in fits).most_common(1)[0]
@@ -118,13 +124,19 @@ def to_example(row: Row, format: str | Detected, *, chat: bool = True) -> Exampl
                 f"a plain text cannot be read as {detected.format}", where=row.where, fix="format: text"
             )
         return Text(row.value, row.where)
+    if detected.format in ("text", "prompt_completion") and any(row.value.get(name) for name in _IMAGES):
+        raise DataError(
+            f"the row has images, and {detected.format} has no place for them",
+            where=row.where,
+            fix='write "messages" with <image> where each image belongs',
+        )
     if detected.format == "text":
         return Text(column_text(row, detected.columns.get("text", "text")), row.where)
     if detected.format == "prompt_completion":
         return _pair(row, detected.columns)
     read = {"messages": read_messages, "sharegpt": read_sharegpt, "alpaca": read_alpaca}[detected.format]
     conversation = read(row)
-    if detected.format != "messages" and not chat:
+    if detected.format != "messages" and not chat and conversation.images is None:
         return plain_pair(conversation)
     return conversation
 
@@ -164,6 +176,37 @@ def _columns_for(wanted: str, rows: Sequence[Row]) -> Mapping[str, str]:
     prompt = next((name for name in (*PROMPTS, "instruction") if name in names), "prompt")
     completion = next((name for name in COMPLETIONS if name in names), "completion")
     return {"prompt": prompt, "completion": completion}
+
+
+def _is_labelled(row: Row) -> bool:
+    """Whether a row is a text with a class, and nothing that could be an answer."""
+    value = row.value
+    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+        return False
+    label = value.get("label")
+    return isinstance(label, str | int) and not any(name in value for name in (*COMPLETIONS, *PROMPTS))
+
+
+def _is_rated(row: Row) -> bool:
+    """Whether a row is an answer with a thumb up or down."""
+    value = row.value
+    return isinstance(value, dict) and isinstance(value.get("label"), bool) and "completion" in value
+
+
+def _refuse_ratings(row: Row) -> NoReturn:
+    raise DataError(
+        "the rows are rated answers ('label' is true or false), of which the bad ones would be learned too",
+        where=row.where,
+        fix="keep the rows whose label is true and leave the column out, or make pairs of 'chosen' and 'rejected'",
+    )
+
+
+def _refuse_labels(row: Row) -> NoReturn:
+    raise DataError(
+        "the rows are texts with a class (columns 'text' and 'label'): task: classification learns from them",
+        where=row.where,
+        fix="give --task classification, or set data.format to text to learn the texts and leave the labels out",
+    )
 
 
 def _refuse_columns(row: Row) -> NoReturn:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from graft.data.packing import pack
+from graft.data.ahead import in_order
+from graft.data.packing import Indexes, Rows, pack
 from graft.data.samples import IGNORED, Sample
+from graft.data.shuffling import key_of, permuted
+from graft.data.store import Held, lengths_of
 
 Kind = Literal["text", "pair", "class"]
 """What samples are: texts, halves of preference pairs, texts with a class."""
@@ -59,6 +62,11 @@ class Loader:
         kind: "pair": each two samples in a row belong together, batch_size counts pairs where nothing is
             packed, and a packed row holds whole pairs in twice max_length tokens. "class": the label of a
             sample says something of all of it, so that its first token may have it.
+
+    Attributes:
+        workers: Threads that make batches ahead of their use; they are the same with any number.
+
+    Memory: 4 bytes a sample for its length, and 24 for the order of the epoch at hand.
     """
 
     def __init__(
@@ -78,30 +86,38 @@ class Loader:
         assert len(samples) % self._size == 0
         self._first_label = 0 if kind == "class" else 1
         self._samples = samples
-        self._lengths = [len(sample.input_ids) for sample in samples]
+        self._lengths = lengths_of(samples)
         self._batch_size = batch_size * (1 if packing else self._size)
         self._max_length = max_length * (self._size if packing else 1)
         self._packing = packing
         self._seed = seed
         self._shuffle = shuffle
         self._pad_id = pad_id
-        self._rows_of: tuple[int, list[list[int]]] = (-1, [])
+        self._rows_of: tuple[int, Rows | None] = (-1, None)
+        self.workers = 0
 
     @property
     def rows_together(self) -> int:
         """Neighbouring rows of a batch that may not be parted: 2 where each half of a pair has a row."""
         return 1 if self._packing else self._size
 
+    @property
+    def is_even(self) -> bool:
+        """Whether every epoch has the same number of batches."""
+        return self._drawn(0) is None
+
     def num_batches(self, epoch: int = 0) -> int:
-        """Batches of an epoch; the same for every epoch."""
+        """Batches of an epoch; the same for every epoch unless the samples are drawn anew for each."""
         return -(-len(self.rows(epoch)) // self._batch_size)
 
-    def rows(self, epoch: int) -> list[list[int]]:
+    def rows(self, epoch: int) -> Rows:
         """The sample indexes of each row of an epoch, in order."""
-        key = epoch if self._shuffle else 0
-        if self._rows_of[0] != key:
-            self._rows_of = (key, self._arrange(key))
-        return self._rows_of[1]
+        key = epoch if self._shuffle or not self.is_even else 0
+        number, rows = self._rows_of
+        if rows is None or number != key:
+            rows = self._arrange(key)
+            self._rows_of = (key, rows)
+        return rows
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch.
@@ -114,9 +130,13 @@ class Loader:
             The batches from `start` on, exactly those that an epoch from its beginning has there.
         """
         rows = self.rows(epoch)
-        for begin in range(start * self._batch_size, len(rows), self._batch_size):
+        begins = range(start * self._batch_size, len(rows), self._batch_size)
+
+        def make(begin: int) -> Batch:
             chosen = rows[begin : begin + self._batch_size]
-            yield collate(self._samples, chosen, self._pad_id, self._max_length, self._first_label)
+            return collate(self._samples, chosen, self._pad_id, self._max_length, self._first_label)
+
+        return in_order(make, begins, self.workers)
 
     def places(self, batch: Batch) -> list[str]:
         """Where the samples of a batch come from, as "name:line" without the folder, which may change."""
@@ -124,32 +144,42 @@ class Loader:
 
     def utilisation(self, epoch: int = 0) -> float:
         """Share of an epoch's token places that hold no padding."""
-        rows = [sum(self._lengths[index] for index in row) for row in self.rows(epoch)]
-        batches = [rows[begin : begin + self._batch_size] for begin in range(0, len(rows), self._batch_size)]
-        return sum(rows) / sum(_width(batch, self._max_length) * len(batch) for batch in batches)
+        sums = self.rows(epoch).sums(self._lengths)
+        batches = [sums[begin : begin + self._batch_size] for begin in range(0, len(sums), self._batch_size)]
+        places = sum(_width(int(batch.max()), self._max_length) * len(batch) for batch in batches)
+        return float(sums.sum()) / places
 
     def widest(self) -> int:
         """Tokens of the widest rows of the first epoch, padding included."""
-        return _width([sum(self._lengths[index] for index in row) for row in self.rows(0)], self._max_length)
+        return _width(int(self.rows(0).sums(self._lengths).max()), self._max_length)
 
-    def _arrange(self, epoch: int) -> list[list[int]]:
+    def _arrange(self, epoch: int) -> Rows:
         size = self._size
-        units = [range(begin, begin + size) for begin in range(0, len(self._samples), size)]
-        order = list(range(len(units)))
-        # A string seeds the generator through its digest, the same on every machine.
-        generator = random.Random(f"{self._seed}/{epoch}")
+        units = self._drawn(epoch)
+        if units is None:
+            units = np.arange(len(self._samples) // size)
         if self._shuffle:
-            generator.shuffle(order)
+            units = units[_order(len(units), self._seed, epoch)]
         if not self._packing:
-            return [[index] for number in order for index in units[number]]
-        lengths = [sum(self._lengths[index] for index in units[number]) for number in order]
-        packed = pack(lengths, self._max_length)
-        rows = [[index for place in row for index in units[order[place]]] for row in packed]
+            return Rows.each(_members(units, size))
+        lengths = self._lengths.reshape(-1, size).sum(axis=1, dtype=np.int32)
+        packed = pack(lengths[units], self._max_length)
+        rows = Rows(_members(units[packed.members], size), packed.starts * size)
         if self._shuffle:
-            generator.shuffle(rows)
-        else:
-            rows = sorted(sorted(row) for row in rows)
-        return rows
+            return rows.taken(_order(len(rows), self._seed, epoch, "rows"))
+        return rows.in_order()
+
+    def _drawn(self, epoch: int) -> Indexes | None:
+        return self._samples.drawn(epoch) if isinstance(self._samples, Held) else None
+
+
+def _order(count: int, *names: int | str) -> Indexes:
+    return permuted(0, count, count, key_of(*names))
+
+
+def _members(units: Indexes, size: int) -> Indexes:
+    """The samples of units of `size` samples."""
+    return (units[:, None] * size + np.arange(size)).reshape(-1)
 
 
 def rounded_length(length: int) -> int:
@@ -162,8 +192,7 @@ def rounded_length(length: int) -> int:
     return -(-length // step) * step
 
 
-def _width(lengths: Sequence[int], max_length: int | None) -> int:
-    longest = max(lengths)
+def _width(longest: int, max_length: int | None) -> int:
     rounded = rounded_length(longest)
     return rounded if max_length is None else max(longest, min(rounded, max_length))
 
@@ -184,23 +213,28 @@ def collate(
         max_length: The width is not rounded above this.
         first_label: Labels of a sample before this token do not count.
     """
-    lengths = [sum(len(samples[index].input_ids) for index in row) for row in rows]
-    width = _width(lengths, max_length)
-    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    labels = torch.full((len(rows), width), IGNORED, dtype=torch.long)
-    position_ids = torch.zeros((len(rows), width), dtype=torch.long)
-    for number, row in enumerate(rows):
+    members = [[samples[index] for index in row] for row in rows]
+    lengths = [sum(map(len, row)) for row in members]
+    width = _width(max(lengths), max_length)
+    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
+    position_ids = np.zeros((len(rows), width), dtype=np.int64)
+    for number, row in enumerate(members):
         begin = 0
-        for index in row:
-            sample = samples[index]
-            end = begin + len(sample.input_ids)
-            input_ids[number, begin:end] = torch.tensor(sample.input_ids)
-            learned = torch.tensor(sample.labels[first_label:], dtype=torch.long)
-            labels[number, begin + first_label : end] = learned
-            position_ids[number, begin:end] = torch.arange(end - begin)
+        for sample in row:
+            end = begin + len(sample)
+            input_ids[number, begin:end] = sample.ids
+            position_ids[number, begin:end] = np.arange(end - begin)
+            for first, last in sample.learned:
+                first = max(first, first_label)
+                labels[number, begin + first : begin + last] = sample.labels_in(first, last)
             begin = end
-        position_ids[number, begin:] = torch.arange(width - begin)
-    num_labelled_tokens = int((labels != IGNORED).sum())
+        position_ids[number, begin:] = np.arange(width - begin)
     return Batch(
-        input_ids, position_ids, labels, sum(lengths), num_labelled_tokens, [list(row) for row in rows]
+        torch.from_numpy(input_ids),
+        torch.from_numpy(position_ids),
+        torch.from_numpy(labels),
+        sum(lengths),
+        int((labels != IGNORED).sum()),
+        [list(row) for row in rows],
     )

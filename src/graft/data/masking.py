@@ -6,12 +6,15 @@ The ids of a conversation are those of its whole rendered text. What a model is 
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate, islice, pairwise
 from typing import Any, Literal
 
-from graft.data.formats import Conversation, Example, Message, Pair, Text
+from graft.data.examples import Conversation, Example, Message, Pair, Text
+from graft.data.frames import Frames
 from graft.data.samples import (
     CONTROL_AS_TEXT,
     END_ADDED,
@@ -24,7 +27,7 @@ from graft.data.samples import (
 )
 from graft.data.templates import ChatTemplate
 from graft.data.tokens import TextEncoder, private_character
-from graft.data.turns import Rendered, find_turns, is_answer
+from graft.data.turns import Choice, Rendered, find_turns, is_answer
 from graft.errors import DataError
 
 __all__ = ["IGNORED", "Encoder", "Rejected", "Sample", "encode", "prompt_ids"]
@@ -41,17 +44,33 @@ class Encoder:
         chat_template: Text of a template to use instead of the tokenizer's.
         loss_on: "completion" learns completions and answers, "all" every token; "auto" is completion
             where there is one and all for plain texts.
+        choice: Which messages of a conversation are learned: the assistant's, unless something else is chosen.
 
     Raises:
         DataError: The tokenizer is not a fast one.
     """
 
-    def __init__(self, tokenizer: Any, *, chat_template: str | None = None, loss_on: LossOn = "auto") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat_template: str | None = None,
+        loss_on: LossOn = "auto",
+        choice: Choice | None = None,
+    ) -> None:
         self.text = tokenizer if isinstance(tokenizer, TextEncoder) else TextEncoder(tokenizer)
         self.tokenizer = self.text.tokenizer
         self._source = chat_template
         self._loss_on = loss_on
+        self._choice = choice or Choice()
         self._template: ChatTemplate | None = None
+        self._frames: Frames | None = None
+
+    def digest(self) -> str:
+        """SHA-256 over the tokenizer, the ids it puts around texts, and the template."""
+        text = self.text
+        parts = [text.digest, text.bos_ids, text.eos_id, self._source or self.tokenizer.chat_template]
+        return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()
 
     @property
     def has_template(self) -> bool:
@@ -126,37 +145,58 @@ class Encoder:
         drafts: dict[int, Draft | Rejected] = {}
         chats: dict[int, Rendered] = {}
         plain: dict[int, Pair | Text] = {}
+        spelling = set()
         for index, example in enumerate(examples):
-            rejected = _check(example)
-            found = rejected or (self._render(example) if isinstance(example, Conversation) else example)
+            texts = _texts(example)
+            rejected = _check(example, texts)
+            if rejected is not None:
+                drafts[index] = rejected
+                continue
+            if any(map(self.text.spells_control, texts)):
+                spelling.add(index)
+            if not isinstance(example, Conversation):
+                plain[index] = example
+                continue
+            found = self._render(example, quoting=index in spelling)
             if isinstance(found, Rejected):
                 drafts[index] = found
-            elif isinstance(found, Rendered):
-                chats[index] = found
             else:
-                plain[index] = found
+                chats[index] = found
         drafts.update(zip(chats, self._encode_chats(list(chats.values())), strict=True))
         drafts.update(zip(plain, self._encode_plain(list(plain.values())), strict=True))
-        return [self._remarked(drafts[index], example) for index, example in enumerate(examples)]
+        for index in spelling:
+            draft = drafts[index]
+            if isinstance(draft, Draft):
+                drafts[index] = replace(draft, remarks=(*draft.remarks, CONTROL_AS_TEXT))
+        return [drafts[index] for index in range(len(examples))]
 
-    def _remarked(self, draft: Draft | Rejected, example: Example) -> Draft | Rejected:
-        if isinstance(draft, Draft) and any(map(self.text.spells_control, _texts(example))):
-            return Draft(draft.ids, draft.learned, (*draft.remarks, CONTROL_AS_TEXT))
-        return draft
-
-    def _render(self, conversation: Conversation) -> Rendered | Rejected:
-        template = self.template
+    def _render(self, conversation: Conversation, *, quoting: bool) -> Rendered | Rejected:
         where = conversation.where
-        if any(map(self.text.spells_control, _texts(conversation))):
-            messages, tools = self.text.quote_controls([conversation.messages, conversation.tools])
-            conversation = Conversation(messages, where, tools, conversation.trained_from)
         try:
-            found = find_turns(template, conversation)
+            if quoting:
+                messages, tools = self.text.quote_controls([conversation.messages, conversation.tools])
+                quoted = replace(conversation, messages=messages, tools=tools)
+                found = self._marked(self._exact(quoted))
+            else:
+                found = self._frames_of_template().find(conversation)
         except DataError as error:
             return Rejected(error.where or where, error.what, error.fix, invalid=True)
         if not found.turns:
-            return Rejected(where, "nothing to learn: no answer of the assistant holds text")
-        return self._marked(found)
+            return Rejected(where, self._nothing())
+        return found
+
+    def _exact(self, conversation: Conversation) -> Rendered:
+        return find_turns(self.template, conversation, self._choice)
+
+    def _frames_of_template(self) -> Frames:
+        if self._frames is None:
+            self._frames = Frames(self.template, self.text, self._exact, self._marked)
+        return self._frames
+
+    def _nothing(self) -> str:
+        if self._choice.roles == ("assistant",):
+            return "nothing to learn: no answer of the assistant holds text"
+        return f"nothing to learn: no message of {', '.join(self._choice.roles)} holds text"
 
     def _marked(self, found: Rendered) -> Rendered:
         """The same places in the text whose control tokens count."""
@@ -169,13 +209,25 @@ class Encoder:
         return Rendered("".join(pieces), turns, [place[edge] for edge in found.prompts])
 
     def _encode_chats(self, chats: Sequence[Rendered]) -> Iterator[Draft]:
-        edges = [sorted({*chat.prompts, *(begin for begin, _ in chat.turns)}) for chat in chats]
+        edges = [sorted({*chat.prompts, *self._begins(chat)}) for chat in chats]
         texts = [chat.text for chat in chats]
         for chat, apart in zip(
             chats, self.text.encode_apart(list(zip(texts, edges, strict=True))), strict=True
         ):
-            learned = [(apart.edges[begin], bisect_left(apart.starts, end)) for begin, end in chat.turns]
+            learned = [
+                (apart.edges.get(begin) or apart.before(begin), apart.before(end))
+                for begin, end in chat.turns
+            ]
             yield self._closed(apart.ids, learned)
+
+    def _begins(self, chat: Rendered) -> list[int]:
+        """Where what is learned begins inside an answer that was asked for, or in a part that is marked.
+
+        Turns of other roles are not asked for: nobody meets their beginning apart from what stands before.
+        """
+        if self._choice.roles != ("assistant",):
+            return []
+        return [begin for begin, _ in chat.turns]
 
     def _closed(self, ids: list[int], learned: list[tuple[int, int]]) -> Draft:
         """End the last answer with the end-of-text token if the template closes it with no control token."""
@@ -198,7 +250,7 @@ class Encoder:
                 prompt += next(encoded).ids
             ids = [*prompt, *next(encoded).ids, self._eos()]
             everything = self._loss_on == "all" or isinstance(example, Text)
-            yield Draft(ids, [(0 if everything else len(prompt), len(ids))])
+            yield Draft(ids, [(0 if everything else len(prompt), len(ids))], (), len(self.text.bos_ids))
 
     def _eos(self) -> int:
         if self.text.eos_id is None:
@@ -243,19 +295,36 @@ def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message], tools: list[Any]
     return (tokenizer if isinstance(tokenizer, Encoder) else Encoder(tokenizer)).prompt(prompt, tools)
 
 
-def _check(example: Example) -> Rejected | None:
-    texts = _texts(example)
-    if char := next((char for text in texts if (char := private_character(text))), ""):
-        reason = f"the text holds the private character U+{ord(char):X}, which graft needs for itself"
-        return Rejected(example.where, reason, "remove the character", invalid=True)
-    if isinstance(example, Conversation) or texts[-1].strip():
+def _check(example: Example, texts: Sequence[str]) -> Rejected | None:
+    for text in texts:
+        # Asking whether a text is ASCII costs nothing; most are.
+        if not text.isascii() and (char := private_character(text)):
+            reason = f"the text holds the private character U+{ord(char):X}, which graft needs for itself"
+            return Rejected(example.where, reason, "remove the character", invalid=True)
+    if isinstance(example, Conversation):
+        return _check_images(example) if example.images else None
+    if texts[-1].strip():
         return None
     what = "the completion is empty" if isinstance(example, Pair) else "the text is empty"
     return Rejected(example.where, f"nothing to learn: {what}")
 
 
+def _check_images(example: Conversation) -> Rejected:
+    assert example.images is not None
+    count = len(example.images.paths)
+    return Rejected(
+        example.where,
+        f"the row has {count} {'image' if count == 1 else 'images'}: only a multimodal base could learn from it, "
+        "and graft trains on text alone",
+        "leave out the column of images and the <image> marks, or the row (data.skip_invalid)",
+        invalid=True,
+    )
+
+
 def _texts(example: Example) -> Sequence[str]:
     if isinstance(example, Conversation):
+        if not example.tools and all(len(message) == 2 for message in example.messages):
+            return [message["content"] for message in example.messages]
         return list(_strings([example.messages, example.tools]))
     return (example.prompt, example.completion) if isinstance(example, Pair) else (example.text,)
 

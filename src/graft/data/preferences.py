@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from graft.data.columns import check_used
 from graft.data.config import DataConfig
 from graft.data.examples import (
     Conversation,
@@ -23,18 +24,12 @@ from graft.data.examples import (
 )
 from graft.data.formats import PROMPTS, Example, Pair
 from graft.data.masking import Encoder
-from graft.data.prepare import (
-    Dataset,
-    count_samples,
-    digest_of,
-    make_encoder,
-    num_rows,
-    read_file,
-    refuse_all,
-)
-from graft.data.report import Report, show_sample
+from graft.data.prepare import Dataset, count_samples, make_encoder
+from graft.data.quarantine import Quarantine
+from graft.data.reading import LeftOut, num_rows, read_file, refuse_all
+from graft.data.report import show_sample
 from graft.data.samples import TRUNCATED, Rejected, Sample
-from graft.data.sources import Row
+from graft.data.sources import Row, Source
 from graft.errors import DataError
 
 PLAIN, CHAT = "preference", "preference_chat"
@@ -153,15 +148,22 @@ def _apart(turns: list[Any], row: Row, name: str) -> tuple[list[Any], list[Any]]
     return turns[:common], turns[common:]
 
 
-def prepare_pairs(path: str, tokenizer: Any, config: DataConfig, split: str = "train") -> Dataset:
-    """Read a file of preferences and encode it.
+def prepare_pairs(
+    source: Source,
+    tokenizer: Any,
+    config: DataConfig,
+    split: str = "train",
+    quarantine: Quarantine | None = None,
+) -> Dataset:
+    """Read a source of preferences and encode it.
 
     Args:
-        path: The file or directory.
+        source: A file, a directory, a data set of the hub, or rows from Python.
         tokenizer: A fast tokenizer of transformers, or an `Encoder`.
         config: `max_length` holds for each answer with its prompt; `on_overlong` truncates both at the
             right, drops the pair, or is an error.
         split: "train" or "eval".
+        quarantine: Receives each row that is left out under skip_invalid.
 
     Returns:
         Samples in twos: chosen, rejected, chosen, ...
@@ -171,60 +173,66 @@ def prepare_pairs(path: str, tokenizer: Any, config: DataConfig, split: str = "t
         StorageError: The file cannot be read.
     """
     encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
-    rows, report = read_file(path, config, split)
-    preferences = list(_preferences(rows, encoder, config, report))
+    rows, reading = read_file(source, config, split, encoder, quarantine)
+    report, left_out = reading.report, reading.left_out
+    read = list(_preferences(rows, encoder, left_out))
+    preferences = [preference for preference, _ in read]
     chats = any(isinstance(each.chosen, Conversation) for each in preferences)
     report.format = CHAT if chats else PLAIN
     report.reason = "the columns 'chosen' and 'rejected' are there"
-    samples = _samples(preferences, encoder, config, report)
+    samples = _samples(read, encoder, config, left_out)
     if not samples:
-        refuse_all(path, report.rejected)
-    count_samples(samples, encoder, report)
-    report.num_duplicates = len(samples) // 2 - len({_ids(pair) for pair in _pairs(samples)})
+        refuse_all(report)
+    count_samples(samples, encoder, report, size=2)
     assert isinstance(rows[0].value, dict)
-    if unused := [name for name in rows[0].value if name not in KNOWN]:
+    unused = [name for name in rows[0].value if name not in KNOWN]
+    check_used(config.columns, unused, "preferences", report.path)
+    if unused:
         report.notes.append(f"columns that are not used: {', '.join(unused)}")
     if report.num_duplicates:
         report.notes.append(f"{report.num_duplicates} pairs are equal to an earlier one")
     if report.rejected:
-        left, first = num_rows(len(report.rejected)), ": ".join(report.rejected[0])
+        left, first = num_rows(report.num_rejected), ": ".join(report.rejected[0])
         report.notes.append(f"{left} left out, the first: {first}")
     report.preview = [show_sample(sample, encoder.tokenizer) for sample in samples[:2]]
-    return Dataset(samples, report, digest_of(rows))
+    return Dataset(samples, report, reading.digest)
 
 
 def _preferences(
-    rows: Sequence[Row], encoder: Encoder, config: DataConfig, report: Report
-) -> Iterator[Preference]:
+    rows: Sequence[Row], encoder: Encoder, left_out: LeftOut
+) -> Iterator[tuple[Preference, Row]]:
     for row in rows:
         try:
-            yield read_preference(row, chat=encoder.has_template)
+            yield read_preference(row, chat=encoder.has_template), row
         except DataError as error:
-            if not config.skip_invalid:
-                raise
-            report.rejected.append((error.where, error.what))
+            left_out.add(error, row)
 
 
 def _samples(
-    preferences: Sequence[Preference], encoder: Encoder, config: DataConfig, report: Report
+    read: Sequence[tuple[Preference, Row]], encoder: Encoder, config: DataConfig, left_out: LeftOut
 ) -> list[Sample]:
-    examples = [example for each in preferences for example in (each.chosen, each.rejected)]
+    report = left_out.report
+    examples = [example for each, _ in read for example in (each.chosen, each.rejected)]
     found = list(encoder.encode(examples, config.max_length, config.on_overlong))
     samples: list[Sample] = []
     remarks: Counter[str] = Counter()
     for index in range(0, len(found), 2):
         halves = [half if isinstance(half, Rejected) else half[0] for half in found[index : index + 2]]
-        where = preferences[index // 2].where
+        row = read[index // 2][1]
         bad = next((half for half in halves if isinstance(half, Rejected)), None)
         if isinstance(bad, Rejected):
-            _refuse(bad, ANSWERS[halves.index(bad)], config)
-            report.rejected.append((where, f"{ANSWERS[halves.index(bad)]}: {bad.reason}"))
+            reason = f"{ANSWERS[halves.index(bad)]}: {bad.reason}"
+            error = DataError(reason, where=bad.where, fix=bad.fix)
+            if bad.overlong and config.on_overlong == "error":
+                raise error
+            left_out.add(error, row, invalid=bad.invalid, overlong=bad.overlong)
             continue
         pair = [half for half in halves if isinstance(half, Sample)]
         if pair[0].input_ids == pair[1].input_ids:
             cut = any(TRUNCATED in half.remarks for half in pair)
             after = f" after the cut at max_length {config.max_length:,}" if cut else ""
-            report.rejected.append((where, f"nothing to prefer: both answers are the same{after}"))
+            same = DataError(f"nothing to prefer: both answers are the same{after}", where=row.where)
+            left_out.add(same, row, invalid=False)
             continue
         report.num_used += 1
         remarks.update({remark for half in pair for remark in half.remarks})
@@ -232,21 +240,3 @@ def _samples(
     report.num_truncated = remarks[TRUNCATED]
     report.notes += [f"{num_rows(count)} {remark}" for remark, count in remarks.items()]
     return samples
-
-
-def _refuse(bad: Rejected, name: str, config: DataConfig) -> None:
-    """Stop at an answer that is wrong, or too long where that is an error.
-
-    Raises:
-        DataError: It is.
-    """
-    if (bad.invalid and not config.skip_invalid) or (bad.overlong and config.on_overlong == "error"):
-        raise DataError(f"{name}: {bad.reason}", where=bad.where, fix=bad.fix)
-
-
-def _pairs(samples: Sequence[Sample]) -> list[Sequence[Sample]]:
-    return [samples[begin : begin + 2] for begin in range(0, len(samples), 2)]
-
-
-def _ids(pair: Sequence[Sample]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(sample.input_ids) for sample in pair)

@@ -9,6 +9,8 @@ from typing import Any
 
 from graft.data.samples import IGNORED, Sample
 
+MAX_PLACES = 1_000
+"""Places of one kind that a report names; counts go on."""
 LEARNED_MARKS = ("⟦", "⟧")
 """Stand around what is learned in a shown sample."""
 
@@ -24,7 +26,8 @@ class Report:
         num_rows: Rows read.
         num_used: Rows that gave samples.
         num_samples: Samples; more than num_used where long texts were split.
-        rejected: Each row that gave none, and why.
+        rejected: Rows that gave none, and why; the first 1,000.
+        num_rejected: How many there are: num_rows is num_used and these.
         num_tokens: Tokens of all samples.
         num_labelled_tokens: Tokens that are learned.
         num_end_tokens: Learned tokens that end an answer or a text.
@@ -33,6 +36,8 @@ class Report:
         num_split: Plain texts that were split into several samples.
         num_duplicates: Samples that are equal to an earlier one.
         num_overlap: Samples of an evaluation split that are also in the training split.
+        places: The first 1,000 places of each kind: "rejected", "dropped" and "truncated" rows; "duplicate"
+            as "file:line = file:line" of the first that is equal; "overlap".
         notes: What the user should know.
         preview: The first samples, the learned part between ⟦ and ⟧.
     """
@@ -44,6 +49,7 @@ class Report:
     num_used: int = 0
     num_samples: int = 0
     rejected: list[tuple[str, str]] = field(default_factory=list)
+    num_rejected: int = 0
     num_tokens: int = 0
     num_labelled_tokens: int = 0
     num_end_tokens: int = 0
@@ -52,8 +58,22 @@ class Report:
     num_split: int = 0
     num_duplicates: int = 0
     num_overlap: int = 0
+    places: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     preview: list[str] = field(default_factory=list)
+
+    def reject(self, where: str, reason: str, *, overlong: bool = False) -> None:
+        """Count a row that gave no sample."""
+        self.num_rejected += 1
+        if len(self.rejected) < MAX_PLACES:
+            self.rejected.append((where, reason))
+        self.place("dropped" if overlong else "rejected", where)
+
+    def place(self, kind: str, where: str) -> None:
+        """Keep a place of a kind, one of the first."""
+        known = self.places.setdefault(kind, [])
+        if len(known) < MAX_PLACES:
+            known.append(where)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""

@@ -8,33 +8,61 @@ else is the same tokenizer, so the ids are those it gives, exactly.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from graft.errors import DataError
 
 _FIRST_CONTROL = 0xF0000
 _FIRST_QUOTED = 0x100000
+_SHORT = 64
+_MAX_SHORT = 4096
+_MAX_BEGINS = 8
 _PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
 
 
-@dataclass(frozen=True)
 class Apart:
     """A text encoded so that no token spans one of its edges.
 
     Attributes:
         ids: Token ids.
-        starts: Where each token begins in the text.
         edges: How many tokens stand before each edge.
     """
 
-    ids: list[int]
-    starts: list[int]
-    edges: dict[int, int]
+    __slots__ = ("_encoding", "_size", "_starts", "edges", "ids")
+
+    def __init__(
+        self, ids: list[int], edges: dict[int, int], size: int, encoding: Any = None, starts: Any = None
+    ) -> None:
+        self.ids = ids
+        self.edges = edges
+        self._size = size
+        self._encoding = encoding
+        self._starts: list[int] | None = starts
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each token begins in the text."""
+        if self._starts is None:
+            self._starts = _starts(self._encoding)
+        return self._starts
+
+    def before(self, place: int) -> int:
+        """How many tokens begin before a place of the text."""
+        if self._starts is None:
+            if place >= self._size:
+                return len(self.ids)
+            # Listing all places is slow; where tokens on both sides meet at this one, the count is clear.
+            token = self._encoding.char_to_token(place)
+            if token is not None and self._encoding.token_to_chars(token)[0] == place:
+                if token == 0 or self._encoding.token_to_chars(token - 1)[0] < place:
+                    count: int = token
+                    return count
+        return bisect_left(self.starts, place)
 
 
 class TextEncoder:
@@ -46,6 +74,7 @@ class TextEncoder:
     Attributes:
         bos_ids: What the tokenizer puts before a text by itself, often one id or nothing.
         eos_id: The id that ends a text, None where the tokenizer has none.
+        digest: SHA-256 over the tokenizer as it is written to a file.
         control_ids: Ids of all control tokens, and of other tokens that were added to the vocabulary.
 
     Raises:
@@ -63,12 +92,16 @@ class TextEncoder:
                 fix="use a model folder that has a tokenizer.json",
             )
         self.tokenizer = tokenizer
-        state = json.loads(backend.to_str())
+        written = backend.to_str()
+        self.digest = hashlib.sha256(written.encode()).hexdigest()
+        state = json.loads(written)
         controls = {token["content"]: token["id"] for token in state["added_tokens"] if token["special"]}
         self._to_private = {text: chr(_FIRST_CONTROL + index) for index, text in enumerate(controls)}
         self._to_quoted = {text: chr(_FIRST_QUOTED + index) for index, text in enumerate(controls)}
         self._from_quoted = {ord(char): text for text, char in self._to_quoted.items()}
         self._controls = _any_of(controls)
+        self._begins = _begins(controls)
+        self._short: dict[str, Any] = {}
         self._copy = _renamed(state, self._to_private)
         assert all(self._copy.token_to_id(self._to_private[text]) == id for text, id in controls.items())
         self.control_ids = frozenset(token["id"] for token in state["added_tokens"])
@@ -102,14 +135,38 @@ class TextEncoder:
         wholes = self.encode([text for text, _ in texts])
         # What stands before a control token has no say in the ids after it, so checking from there is enough.
         spans = [_since_control(text, edges) for text, edges in texts]
-        parts = [text[a:b] for (text, _), pairs in zip(texts, spans, strict=True) for a, b in pairs]
-        encoded = iter(self.encode(parts))
+        parts = self._parts_of(
+            [text[a:b] for (text, _), pairs in zip(texts, spans, strict=True) for a, b in pairs]
+        )
         return [
-            self._apart(text, whole, [(*span, next(encoded)) for span in pairs])
+            self._apart(text, whole, [(a, b, parts[text[a:b]]) for a, b in pairs])
             for (text, _), whole, pairs in zip(texts, wholes, spans, strict=True)
         ]
 
+    def _parts_of(self, texts: Sequence[str]) -> dict[str, Any]:
+        """What each text becomes alone; the short ones, mostly the heads of turns, are remembered."""
+        known = self._short
+        new = list({text: None for text in texts if text not in known})
+        if new:
+            found = dict(zip(new, self.encode(new), strict=True))
+            if len(known) + len(new) > _MAX_SHORT:
+                known.clear()
+            known.update((text, part) for text, part in found.items() if len(text) <= _SHORT)
+            return {text: known.get(text) or found.get(text) or self.encode([text])[0] for text in texts}
+        return known
+
     def _apart(self, text: str, whole: Any, checks: Sequence[tuple[int, int, Any]]) -> Apart:
+        ids: list[int] = whole.ids
+        counts: dict[int, int] = {}
+        for origin, edge, encoding in checks:
+            head = whole.char_to_token(origin) if origin else 0
+            part = encoding.ids
+            if head is None or ids[head : head + len(part)] != part:
+                return self._in_parts(text, whole, checks)
+            counts[edge] = head + len(part)
+        return Apart(ids, counts, len(text), whole)
+
+    def _in_parts(self, text: str, whole: Any, checks: Sequence[tuple[int, int, Any]]) -> Apart:
         ids, starts = list(whole.ids), _starts(whole)
         counts: dict[int, int] = {}
         base = 0  # the ids of what follows are those of the text from here on
@@ -127,7 +184,7 @@ class TextEncoder:
                 starts += [edge + at for at in tail_starts]
                 base = edge
             counts[edge] = count
-        return Apart(ids, starts, counts)
+        return Apart(ids, counts, len(text), starts=starts)
 
     def _following(self, text: str) -> tuple[list[int], list[int]]:
         """The ids of a text that stands in the middle of another, and where each begins in it.
@@ -157,7 +214,20 @@ class TextEncoder:
 
     def spells_control(self, text: str) -> bool:
         """Whether a text contains the spelling of a control token."""
+        if self._begins and not any(begin in text for begin in self._begins):
+            return False
         return self._controls.search(text) is not None
+
+    def may_join(self, piece: str) -> bool:
+        """Whether a control token could be spelled across an end of a piece of text."""
+        return any(
+            piece in control
+            or any(
+                piece.startswith(control[at:]) or piece.endswith(control[:at])
+                for at in range(1, len(control))
+            )
+            for control in self._to_private
+        )
 
     def quote_controls(self, value: Any) -> Any:
         """Hide the spelling of control tokens from `mark_controls`, in all texts of a structure."""
@@ -178,8 +248,13 @@ def private_character(text: str) -> str:
 
 def _since_control(text: str, edges: Sequence[int]) -> list[tuple[int, int]]:
     """For each edge the last control token before it, or the text's begin; and the edge."""
-    controls = [0, *(found.start() for found in _PRIVATE.finditer(text))]
-    return [(controls[bisect_left(controls, edge, lo=1) - 1], edge) for edge in edges]
+    found = []
+    for edge in edges:
+        near = [match.start() for match in _PRIVATE.finditer(text, max(0, edge - _SHORT), edge)]
+        if not near and edge > _SHORT:
+            near = [match.start() for match in _PRIVATE.finditer(text, 0, edge)]
+        found.append((near[-1] if near else 0, edge))
+    return found
 
 
 def _starts(encoding: Any) -> list[int]:
@@ -187,8 +262,21 @@ def _starts(encoding: Any) -> list[int]:
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    longest_first = sorted((text for text in texts if text), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    """Any of the texts, the longest first; those with one begin share it, which the search then looks for."""
+    groups: dict[str, list[str]] = {}
+    for text in sorted((text for text in texts if text), key=len, reverse=True):
+        groups.setdefault(text[:2], []).append(text)
+    parts = [
+        re.escape(begin) + "(?:" + "|".join(re.escape(text[2:]) for text in group) + ")"
+        for begin, group in sorted(groups.items(), key=lambda each: -len(each[0]))
+    ]
+    return re.compile("|".join(parts) or r"(?!)")
+
+
+def _begins(texts: Iterable[str]) -> list[str]:
+    """Short texts one of which is in whatever contains one of the texts; none where they would be many."""
+    begins = sorted({text[:2] for text in texts if text})
+    return begins if len(begins) <= _MAX_BEGINS else []
 
 
 def _renamed(state: dict[str, Any], names: dict[str, str]) -> Any:

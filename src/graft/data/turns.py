@@ -2,7 +2,8 @@
 
 An answer begins where the rendering of all messages before it, asking for an answer, ends; it ends where the
 rendering up to it ends, without the white space there. Where the template marks answers with {% generation %}
-only what is marked is learned, and the closing of the turn.
+only what is marked is learned, and the closing of the turn. A turn of another role that is to be learned begins
+with its content, since nothing asks for it, and ends as an answer does.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Rendered:
 
     Attributes:
         text: The whole text.
-        turns: Of each answer that is learned: where it begins and ends in the text.
+        turns: Of each message that is learned: where it begins and ends in the text.
         prompts: Where each answer of the conversation begins, learned or not.
     """
 
@@ -38,12 +39,54 @@ class Rendered:
     prompts: list[int]
 
 
-def find_turns(template: ChatTemplate, conversation: Conversation) -> Rendered:
-    """Render a conversation and find the answers in it.
+@dataclass(frozen=True)
+class Choice:
+    """Which messages are learned where the rows themselves do not say.
+
+    Attributes:
+        roles: The roles; "assistant" is every kind of answer.
+        last: Whether of these only the last of each conversation is.
+    """
+
+    roles: tuple[str, ...] = ("assistant",)
+    last: bool = False
+
+    def of(self, conversation: Conversation) -> list[int]:
+        """The messages of a conversation that are learned; those without content never are.
+
+        A row's own flags (`Conversation.flags`) come before the choice.
+        """
+        messages, flags = conversation.messages, conversation.flags
+        chosen = [
+            index
+            for index in range(conversation.trained_from, len(messages))
+            if self._has(messages[index]) and _holds_text(messages[index])
+        ]
+        if self.last:
+            chosen = chosen[-1:]
+        if not flags:
+            return chosen
+        return [
+            index
+            for index in range(conversation.trained_from, len(messages))
+            if _holds_text(messages[index]) and flags.get(index, index in chosen)
+        ]
+
+    def _has(self, message: Message) -> bool:
+        return message["role"] in self.roles or ("assistant" in self.roles and is_answer(message))
+
+
+def find_turns(template: ChatTemplate, conversation: Conversation, choice: Choice | None = None) -> Rendered:
+    """Render a conversation and find in it what is learned.
+
+    Args:
+        template: The chat template.
+        conversation: Its messages.
+        choice: Which of them are learned: the answers, unless something else is chosen.
 
     Raises:
         DataError: The template refuses the conversation, or writes the messages before an answer differently
-            once the answer is there and marks nothing.
+            once the answer is there and marks nothing; or a turn of another role cannot be found.
 
     Cost: two renderings of the conversation for one answer, eight at most for many that are written alike.
     """
@@ -51,16 +94,19 @@ def find_turns(template: ChatTemplate, conversation: Conversation) -> Rendered:
     text = template.render(messages, conversation.tools, where=conversation.where)
     answers = [index for index, message in enumerate(messages) if is_answer(message)]
     marks = template.marks(conversation) if template.has_marks else None
+    wanted = (choice or Choice()).of(conversation)
     try:
-        spans = _spans(template, text, conversation, answers)
+        spans = _spans(template, text, conversation, answers, wanted)
     except DataError:
         if marks is None or len(marks) != len(answers):
             raise
         spans = marks
     turns = dict(zip(answers, spans, strict=True))
-    wanted = [index for index in answers if _is_learned(conversation, index)]
-    learned = [span for index in wanted for span in _within(turns[index], marks)]
-    return Rendered(text, learned, [begin for begin, _ in spans])
+    others = [index for index in wanted if index not in turns]
+    learned = {index: _within(turns[index], marks) for index in wanted if index in turns}
+    learned |= {index: [_other(template, text, conversation, index)] for index in others}
+    inside = [span for index in wanted for span in learned[index]]
+    return Rendered(text, inside, [begin for begin, _ in spans])
 
 
 def is_answer(message: Message) -> bool:
@@ -68,11 +114,24 @@ def is_answer(message: Message) -> bool:
     return str(message["role"]).startswith("assistant")
 
 
-def _is_learned(conversation: Conversation, index: int) -> bool:
-    message = conversation.messages[index]
-    return index >= conversation.trained_from and bool(
-        message["content"].strip() or message.get("tool_calls")
-    )
+def _holds_text(message: Message) -> bool:
+    return bool(message["content"].strip() or message.get("tool_calls"))
+
+
+def _other(template: ChatTemplate, text: str, conversation: Conversation, index: int) -> Span:
+    """Content and closing of a turn that nothing asks for.
+
+    Raises:
+        DataError: The content does not come through the template as it is, or its end is not to be seen.
+    """
+    found = findfind_contents(template, text, conversation, [index])
+    if not found:
+        raise DataError(
+            f"the turn of {conversation.messages[index]['role']!r} cannot be found in the rendered conversation",
+            where=f"{conversation.where}, message {index + 1}",
+            fix="take the role out of data.train_on_roles, or use a template that writes its content as it is",
+        )
+    return found[0][0], max(found[0][1], _end(template, text, conversation, index))
 
 
 def _within(turn: Span, marks: list[Span] | None) -> list[Span]:
@@ -84,17 +143,25 @@ def _within(turn: Span, marks: list[Span] | None) -> list[Span]:
 
 
 def _spans(
-    template: ChatTemplate, text: str, conversation: Conversation, answers: Sequence[int]
+    template: ChatTemplate,
+    text: str,
+    conversation: Conversation,
+    answers: Sequence[int],
+    wanted: Sequence[int],
 ) -> list[Span]:
-    alike = _alike(template, text, conversation, answers) if len(answers) > _FEW else None
-    return alike or [_span(template, text, conversation, index) for index in answers]
+    if len(answers) > _FEW:
+        try:
+            alike = _alike(template, text, conversation, answers)
+        except DataError:
+            alike = None  # perhaps only where nobody asks; each alone says which
+        if alike:
+            return alike
+    return [_span(template, text, conversation, index, index in wanted) for index in answers]
 
 
-def _span(template: ChatTemplate, text: str, conversation: Conversation, index: int) -> Span:
+def _span(template: ChatTemplate, text: str, conversation: Conversation, index: int, wanted: bool) -> Span:
     begin = _begin(template, text, conversation, index)
-    if not _is_learned(conversation, index):
-        return begin, begin
-    return begin, max(begin, _end(template, text, conversation, index))
+    return begin, max(begin, _end(template, text, conversation, index)) if wanted else begin
 
 
 def _begin(template: ChatTemplate, text: str, conversation: Conversation, index: int) -> int:
@@ -129,10 +196,10 @@ def _end_by_content(template: ChatTemplate, text: str, conversation: Conversatio
     Raises:
         DataError: The content does not come through the template as it is.
     """
-    found = _contents(template, text, conversation, [index])
+    found = find_contents(template, text, conversation, [index])
     alone = replace(conversation, messages=conversation.messages[: index + 1])
     text_alone = template.render(alone.messages, alone.tools, where=alone.where)
-    found_alone = _contents(template, text_alone, alone, [index])
+    found_alone = find_contents(template, text_alone, alone, [index])
     if found and found_alone:
         closing = text_alone[found_alone[0][1] :].rstrip()
         if text.startswith(closing, found[0][1]):
@@ -148,10 +215,10 @@ def _alike(
     template: ChatTemplate, text: str, conversation: Conversation, answers: Sequence[int]
 ) -> list[Span] | None:
     """The spans of many answers from those of the first and the last, if all are written alike."""
-    contents = _contents(template, text, conversation, answers)
-    if contents is None or not _is_learned(conversation, answers[0]):
+    contents = find_contents(template, text, conversation, answers)
+    if contents is None:
         return None
-    first, last = (_span(template, text, conversation, answers[at]) for at in (0, -1))
+    first, last = (_span(template, text, conversation, answers[at], True) for at in (0, -1))
     lead, closing = text[first[0] : contents[0][0]], text[contents[0][1] : first[1]]
     if lead != text[last[0] : contents[-1][0]] or closing != text[contents[-1][1] : last[1]]:
         return None
@@ -164,10 +231,13 @@ def _alike(
     return spans
 
 
-def _contents(
+def find_contents(
     template: ChatTemplate, text: str, conversation: Conversation, answers: Sequence[int]
 ) -> list[Span] | None:
-    """Where the contents of answers stand in the text; None where they do not come through as they are."""
+    """Where the contents of messages stand in the text, without the white space around each.
+
+    None where they do not come through as they are.
+    """
     messages = list(conversation.messages)
     for index in answers:
         content = messages[index]["content"]

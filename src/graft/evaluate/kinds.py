@@ -64,7 +64,7 @@ def measure(
         wanted = {name: found.metrics[name] for name in names or classes.METRICS}
         return _evaluation(wanted, found.predictions, found.rejected)
     preferring = any(name in preferences.METRICS for name in names)
-    if preferring or (not names and _are_preferences(path)):
+    if preferring or (not names and _are_preferences(path, data)):
         _check(names, preferences.METRICS, "preferences")
         figures, rows, left = preferences.evaluate_preference_file(
             model, tokenizer, path, data, batch_size=batch_size
@@ -95,6 +95,8 @@ def _check(names: Sequence[str], known: Sequence[str], what: str) -> None:
             )
 
 
-def _are_preferences(path: str) -> bool:
-    row = next(read_rows(path, split="eval"), None)
+def _are_preferences(path: str, data: DataConfig | None) -> bool:
+    skips = data is not None and data.skip_invalid
+    on_invalid = (lambda error, raw: None) if skips else None
+    row = next(read_rows(path, split="eval", on_invalid=on_invalid, columns=data and data.columns), None)
     return row is not None and isinstance(row.value, dict) and set(ANSWERS) <= row.value.keys()

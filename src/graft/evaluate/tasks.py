@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from graft.data.columns import check_used
 from graft.data.config import DataConfig
 from graft.data.formats import Detected, Example, detect, to_example
 from graft.data.sources import Row, read_rows
@@ -129,11 +129,15 @@ def evaluate_file(
     data = data or DataConfig()
     refused: list[DataError] = []
     refuse = refused.append if data.skip_invalid else None
-    rows = list(islice(read_rows(Path(path), split="eval", on_invalid=refuse), data.limit))
+    on_invalid = (lambda error, _: refused.append(error)) if data.skip_invalid else None
+    reading = read_rows(path, split="eval", on_invalid=on_invalid, columns=data.columns)
+    rows = list(islice(reading, data.limit))
     if not rows:
         raise DataError("no row can be evaluated: there are no rows", where=str(path), fix="check the file")
     chat = bool(data.chat_template or tokenizer.chat_template)
-    examples = list(_examples(rows, detect(rows, data.format), chat, refuse))
+    detected = detect(rows, data.format)
+    check_used(data.columns, detected.unused(rows[0]), detected.format, str(path))
+    examples = list(_examples(rows, detected, chat, refuse))
     found = evaluate(
         model,
         tokenizer,

@@ -14,6 +14,9 @@ from graft import __version__
 from graft.config import Settings, from_dict, to_dict
 from graft.data.config import DataConfig
 from graft.data.prepare import Dataset
+from graft.data.quarantine import Quarantine
+from graft.data.sources import IN_MEMORY as ROWS_IN_MEMORY
+from graft.data.sources import Source
 from graft.errors import CheckpointError, TrainingError
 from graft.files import sha256_file
 from graft.models.architecture import read_config
@@ -75,21 +78,22 @@ def run_from_config(config: RunConfig, monitor: Monitor | None = None) -> Run:
     check_names(config.training.trackers)
     check_places(config)
     RunDirectory(config.output).check_new()
-    with stop_at_once(*BEFORE_TRAINING):
-        path = resolve(config.model.name, config.model.revision)
-        if config.adapter is None and (method := stored_method(path)):
-            raise TrainingError(
-                f"{config.model.name} is stored quantized by {method}: codes cannot be trained",
-                where="adapter",
-                fix="train an adapter on it (--method lora), or give the dense model",
-            )
-        check_dense_base(config, path)
-        model_config = read_config(path)
-        config = within_context(config, model_config, monitor)
-        train_data, eval_data = prepare_data(config, monitor)
-        base = load_base(config, monitor, train_data.labels)
-        attach_adapter(base, config, train_data, monitor)
-    return _run(base, config, train_data, eval_data, monitor)
+    with Quarantine() as quarantine:
+        with stop_at_once(*BEFORE_TRAINING):
+            path = resolve(config.model.name, config.model.revision)
+            if config.adapter is None and (method := stored_method(path)):
+                raise TrainingError(
+                    f"{config.model.name} is stored quantized by {method}: codes cannot be trained",
+                    where="adapter",
+                    fix="train an adapter on it (--method lora), or give the dense model",
+                )
+            check_dense_base(config, path)
+            model_config = read_config(path)
+            config = within_context(config, model_config, monitor)
+            train_data, eval_data = prepare_data(config, monitor, quarantine=quarantine)
+            base = load_base(config, monitor, train_data.labels)
+            attach_adapter(base, config, train_data, monitor)
+        return _run(base, config, train_data, eval_data, monitor, quarantine)
 
 
 def resume(
@@ -129,7 +133,9 @@ def resume(
     check_places(config)
     with run.lock():
         with stop_at_once("before it went on; its checkpoints stand", f"graft train --resume {path}"):
-            train_data, eval_data = prepare_data(config, monitor)
+            with Quarantine() as quarantine:
+                train_data, eval_data = prepare_data(config, monitor, quarantine=quarantine)
+                quarantine.save(run.quarantine_path)
             in_memory = record.get("start") == IN_MEMORY
             base = load_base(config, monitor, train_data.labels, in_memory=in_memory)
             checkpoint = newest_checkpoint(run, monitor.say)
@@ -170,9 +176,9 @@ def resume(
 def train(
     base: BaseModel | str,
     *,
-    data: str | os.PathLike[str],
+    data: Source,
     output: str | os.PathLike[str],
-    eval_data: str | os.PathLike[str] | None = None,
+    eval_data: Source | None = None,
     data_config: DataConfig | None = None,
     monitor: Monitor | None = None,
     **training: Any,
@@ -181,9 +187,10 @@ def train(
 
     Args:
         base: What `graft.load` returned, or a name to load.
-        data: Training data: jsonl, json, csv or txt.
+        data: Training data: a file, a directory, "hub:owner/name", or any iterable of dicts (of texts), which is
+            read once. A run on rows from Python cannot be resumed: they are in no file.
         output: The run directory to make.
-        eval_data: Evaluation data.
+        eval_data: Evaluation data, the same.
         data_config: How the data is read, cut and packed.
         monitor: Who is told; nobody by default.
         **training: Fields of `TrainingConfig`.
@@ -204,6 +211,12 @@ def train(
             f"{base.name} is quantized and has no adapter: codes cannot be trained",
             fix="graft.attach(base.model, graft.LoraConfig()) first",
         )
+    sources = {"train": data, "eval": eval_data}
+    given = {
+        name: source
+        for name, source in sources.items()
+        if _named(source) == ROWS_IN_MEMORY and source is not None
+    }
     config = from_dict(
         RunConfig,
         {
@@ -215,7 +228,7 @@ def train(
             "quantization": None if base.quantization is None else to_dict(base.quantization),
             "adapter": None if adapter is None else to_dict(adapter.config),
             "data": to_dict(data_config or DataConfig())
-            | {"train": str(data), "eval": None if eval_data is None else str(eval_data)},
+            | {name: _named(source) for name, source in sources.items()},
             "training": training,
             "task": "classification" if is_classifier(base.model) else "generation",
             "output": str(output),
@@ -229,11 +242,21 @@ def train(
     check_dense_base(config, base.path)
     RunDirectory(output).check_new()
     config = within_context(config, base.model.config, monitor)
-    with stop_at_once(*BEFORE_TRAINING):
-        train_set, eval_set = prepare_data(config, monitor, base.tokenizer)
-        check_labels(base, train_set, adapter)
-    # What the caller made of the model is in no configuration: only a checkpoint can bring it back.
-    return _run(base, config, train_set, eval_set, monitor, in_memory=True)
+    with Quarantine() as quarantine:
+        with stop_at_once(*BEFORE_TRAINING):
+            train_set, eval_set = prepare_data(
+                config, monitor, base.tokenizer, given=given, quarantine=quarantine
+            )
+            check_labels(base, train_set, adapter)
+        # What the caller made of the model is in no configuration: only a checkpoint can bring it back.
+        return _run(base, config, train_set, eval_set, monitor, quarantine, in_memory=True)
+
+
+def _named(source: Source | None) -> str | None:
+    """What stands for a source in a configuration."""
+    if source is None:
+        return None
+    return os.fspath(source) if isinstance(source, str | os.PathLike) else ROWS_IN_MEMORY
 
 
 def _identity(
@@ -254,6 +277,7 @@ def _run(
     train_data: Dataset,
     eval_data: Dataset | None,
     monitor: Monitor,
+    quarantine: Quarantine,
     *,
     in_memory: bool = False,
 ) -> Run:
@@ -275,4 +299,6 @@ def _run(
     }
     with run.lock():
         run.write_record(record)
+        quarantine.save(run.quarantine_path)
+        quarantine.close()
         return run_phases(base, config, train_data, eval_data, run, monitor, None, record)

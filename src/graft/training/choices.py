@@ -44,6 +44,8 @@ WITHOUT_EFFECT = (
     "training.optimizer_spill",
     "training.activation_offload",
     "training.trackers",
+    "data.workers",
+    "data.cache",
 )
 """Fields that change no weight and no line of the log."""
 
@@ -153,7 +155,7 @@ def make_loader(data: Dataset, config: RunConfig, base: BaseModel, *, train: boo
 def loader_of(data: Dataset, config: RunConfig, tokenizer: Any, *, train: bool) -> Loader:
     """The same with the tokenizer alone, before there is a model."""
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    return Loader(
+    loader = Loader(
         data.samples,
         batch_size=config.training.batch_size,
         max_length=config.data.max_length,
@@ -163,6 +165,8 @@ def loader_of(data: Dataset, config: RunConfig, tokenizer: Any, *, train: bool) 
         pad_id=pad_id,
         kind=sample_kind(config),
     )
+    loader.workers = config.data.workers
+    return loader
 
 
 def sample_kind(config: RunConfig) -> Kind:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +20,15 @@ from graft.adapters.settings import DATA, RANDOM
 from graft.adapters.starts import SUBTRACTED, stored_starts
 from graft.adapters.targets import select_targets
 from graft.data.classes import ClassReader
+from graft.data.hub import is_hub
 from graft.data.loader import Batch
 from graft.data.preferences import PLAIN, prepare_pairs
-from graft.data.prepare import Dataset, prepare_splits
+from graft.data.prepare import Dataset, prepare
+from graft.data.quarantine import Quarantine
+from graft.data.reading import num_rows
 from graft.data.report import shorten_sample
+from graft.data.sources import IN_MEMORY, Source
+from graft.data.splits import Read, prepare_splits
 from graft.errors import ConfigError
 from graft.evaluate.loss import token_losses
 from graft.models.architecture import context_tokens
@@ -41,7 +47,7 @@ def rooted(config: RunConfig) -> RunConfig:
     places = {
         name: os.path.abspath(os.path.expanduser(value))
         for name in ("train", "eval", "chat_template")
-        if (value := getattr(config.data, name))
+        if (value := getattr(config.data, name)) and not (is_hub(value) or value == IN_MEMORY)
     }
     directories: dict[str, Any] = {
         name: os.path.abspath(os.path.expanduser(value))
@@ -85,9 +91,21 @@ def within_context(config: RunConfig, model_config: Any, monitor: Monitor) -> Ru
 
 
 def prepare_data(
-    config: RunConfig, monitor: Monitor, tokenizer: Any = None
+    config: RunConfig,
+    monitor: Monitor,
+    tokenizer: Any = None,
+    *,
+    given: Mapping[str, Source] | None = None,
+    quarantine: Quarantine | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """The samples to train on and to evaluate with, and what is told about them.
+
+    Args:
+        config: The configuration.
+        monitor: Who is told.
+        tokenizer: That of the base, where it is loaded already.
+        given: Rows from Python as "train" and "eval".
+        quarantine: Receives each row that is left out under skip_invalid.
 
     Raises:
         ConfigError: There is no training data, or a setting has nothing to act on.
@@ -97,7 +115,7 @@ def prepare_data(
             "no training data", where="data.train", fix="--data FILE, or data.train in the config"
         )
     tokenizer = tokenizer or load_tokenizer(config.model.name, config.model.revision)
-    train_data, eval_data = _splits(tokenizer, config)
+    train_data, eval_data = _splits(tokenizer, config, monitor, given, quarantine)
     if config.data.chat_template and train_data.report.format in ("text", "prompt_completion", PLAIN):
         raise ConfigError(
             f"a chat template does not act on {train_data.report.format} data",
@@ -113,18 +131,34 @@ def prepare_data(
     for name, data in (("training", train_data), ("evaluation", eval_data)):
         if data is not None:
             monitor.say(_describe_data(name, data))
+    if quarantine is not None and quarantine.count:
+        monitor.say(f"{num_rows(quarantine.count)} left out; they are in quarantine.jsonl of the run")
     for sample in train_data.report.preview:
         monitor.say(f"  {shorten_sample(sample)}")
     return train_data, eval_data
 
 
-def _splits(tokenizer: Any, config: RunConfig) -> tuple[Dataset, Dataset | None]:
-    seed = config.training.seed
+def _splits(
+    tokenizer: Any,
+    config: RunConfig,
+    monitor: Monitor,
+    given: Mapping[str, Source] | None,
+    quarantine: Quarantine | None,
+) -> tuple[Dataset, Dataset | None]:
+    read: Read = partial(prepare, listener=monitor)
     if config.task == "classification":
-        return prepare_splits(tokenizer, config.data, seed=seed, read=ClassReader())
-    if config.training.loss != "cross_entropy":
-        return prepare_splits(tokenizer, config.data, seed=seed, read=prepare_pairs, size=2)
-    return prepare_splits(tokenizer, config.data, seed=seed)
+        read = ClassReader()
+    elif config.training.loss != "cross_entropy":
+        read = prepare_pairs
+    return prepare_splits(
+        tokenizer,
+        config.data,
+        seed=config.training.seed,
+        read=read,
+        size=2 if read is prepare_pairs else 1,
+        given=given,
+        quarantine=quarantine,
+    )
 
 
 def _describe_data(name: str, data: Dataset) -> str:

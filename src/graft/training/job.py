@@ -68,7 +68,9 @@ def num_steps(loader: Loader, config: TrainingConfig) -> int:
     if config.max_steps is not None:
         return config.max_steps
     whole, part = divmod(config.num_epochs, 1)
-    per_epoch = math.ceil(
-        loader.num_batches() / config.gradient_accumulation_steps
-    )  # the same in every epoch
-    return max(1, per_epoch * int(whole) + math.ceil(per_epoch * part))
+    size = config.gradient_accumulation_steps
+    if loader.is_even:
+        per_epoch = math.ceil(loader.num_batches() / size)
+        return max(1, per_epoch * int(whole) + math.ceil(per_epoch * part))
+    steps = [math.ceil(loader.num_batches(epoch) / size) for epoch in range(math.ceil(config.num_epochs))]
+    return max(1, sum(steps[: int(whole)]) + (math.ceil(steps[-1] * part) if part else 0))

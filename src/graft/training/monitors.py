@@ -26,6 +26,9 @@ class Monitor(Protocol):
     def loading(self, done_bytes: int, total_bytes: int) -> None:
         """So much of the base model is read."""
 
+    def preparing(self, num_rows: int, num_tokens: int, share: float | None) -> None:
+        """So many rows are read and tokens made; the share of the file that this is, where it is known."""
+
     def start(self, step: int, num_steps: int) -> None:
         """Training begins at `step` of `num_steps`."""
 
@@ -92,6 +95,7 @@ class Console:
         self._smoothed: float | None = None
         self._width = 0
         self._loading: tuple[float, int] | None = None
+        self._preparing: float | None = None
         self._shown = 0.0
 
     def say(self, text: str) -> None:
@@ -119,6 +123,26 @@ class Console:
                 rate = (done_bytes - first) / (now - start)
                 left = (total_bytes - done_bytes) / max(rate, 1.0)
                 line += f"  {rate / 1e6:,.0f} MB/s  {duration(left)} left"
+            self._show(line)
+
+    def preparing(self, num_rows: int, num_tokens: int, share: float | None) -> None:
+        """Show how far the data is, how fast it comes and how long it will take, on a terminal."""
+        if not self._live:
+            return
+        now = time.monotonic()
+        if self._preparing is None:
+            self._preparing = now
+        if share == 1.0:
+            self._preparing = None
+            self._clear()
+            self._stream.flush()
+        elif now - self._shown > 0.1 and now - self._preparing > 1.0:
+            self._shown = now
+            taken = now - self._preparing
+            line = f"preparing data: {num_rows:,} rows  {num_tokens / 1e6:,.1f} M tokens"
+            line += f"  {num_tokens / taken:,.0f} tokens/s"
+            if share:
+                line += f"  {duration(taken * (1 - share) / share)} left"
             self._show(line)
 
     def start(self, step: int, num_steps: int) -> None:
@@ -197,6 +221,9 @@ class Silent:
         """Nothing."""
 
     def loading(self, done_bytes: int, total_bytes: int) -> None:
+        """Nothing."""
+
+    def preparing(self, num_rows: int, num_tokens: int, share: float | None) -> None:
         """Nothing."""
 
     def start(self, step: int, num_steps: int) -> None:

@@ -28,6 +28,11 @@ class Relay:
         for monitor in self._monitors:
             monitor.loading(done_bytes, total_bytes)
 
+    def preparing(self, num_rows: int, num_tokens: int, share: float | None) -> None:
+        """So many rows are read and tokens made."""
+        for monitor in self._monitors:
+            monitor.preparing(num_rows, num_tokens, share)
+
     def start(self, step: int, num_steps: int) -> None:
         """Training begins."""
         for monitor in self._monitors:

@@ -68,6 +68,10 @@ class Watch:
         """So much of the base is read."""
         self._put(phase="loading", loading=[done_bytes, total_bytes])
 
+    def preparing(self, num_rows: int, num_tokens: int, share: float | None) -> None:
+        """So many rows are read and tokens made."""
+        self._put(phase="preparing", preparing=[num_rows, num_tokens, share])
+
     def start(self, step: int, num_steps: int) -> None:
         """Training begins; the logs are where they should be."""
         self._put(phase="training", first_step=step, num_steps=num_steps)

@@ -13,7 +13,8 @@ from graft.data.classes import ClassReader
 from graft.data.config import DataConfig
 from graft.data.loader import Loader
 from graft.data.masking import IGNORED
-from graft.data.prepare import Dataset, prepare_splits
+from graft.data.prepare import Dataset
+from graft.data.splits import prepare_splits
 from graft.errors import DataError
 
 

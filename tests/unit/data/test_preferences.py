@@ -13,7 +13,8 @@ from graft.data.config import DataConfig
 from graft.data.loader import Batch, Loader
 from graft.data.masking import IGNORED
 from graft.data.preferences import prepare_pairs
-from graft.data.prepare import Dataset, prepare, prepare_splits
+from graft.data.prepare import Dataset, prepare
+from graft.data.splits import prepare_splits
 from graft.errors import DataError
 
 CHATML = (

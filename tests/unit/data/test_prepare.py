@@ -10,8 +10,9 @@ import pytest
 
 from graft.data.config import DataConfig
 from graft.data.masking import IGNORED, Encoder
-from graft.data.prepare import Dataset, make_encoder, prepare, prepare_splits, render_preview, split_eval
+from graft.data.prepare import Dataset, make_encoder, prepare, render_preview
 from graft.data.report import shorten_sample, show_sample
+from graft.data.splits import prepare_splits, split_eval
 from graft.data.tokens import TextEncoder
 from graft.errors import ConfigError, DataError
 

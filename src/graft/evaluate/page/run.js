@@ -225,7 +225,7 @@
     return (spent / (end.step - first.step)) * (state.num_steps - end.step);
   }
 
-  const PHASES = { waiting: "waiting", loading: "loading", training: "training", writing: "writing the result", finished: "finished",
+  const PHASES = { waiting: "waiting", preparing: "preparing data", loading: "loading", training: "training", writing: "writing the result", finished: "finished",
     stopped: "stopped, state saved", failed: "failed", lost: "connection lost, trying again", running: "interrupted" };
 
   function head(found) {
@@ -235,6 +235,7 @@
     pill.dataset.phase = phase;
     const done = found.at(-1)?.step ?? state.first_step ?? 0;
     const said = [];
+    if (phase === "preparing" && state.preparing) said.push(`${state.preparing[0].toLocaleString("en")} rows`);
     if (phase === "loading" && state.loading?.[1]) said.push(`${bytes(state.loading[0])} of ${bytes(state.loading[1])}`);
     if (state.num_steps) said.push(`step ${whole(done)} of ${whole(state.num_steps)}`);
     const left = phase === "training" ? timeLeft(found) : null;

@@ -178,6 +178,9 @@ class Feeds:
     def loading(self, done_bytes: int, total_bytes: int) -> None:
         """Nothing."""
 
+    def preparing(self, num_rows: int, num_tokens: int, share: float | None) -> None:
+        """Nothing."""
+
     def start(self, step: int, num_steps: int) -> None:
         """The logs are cut back to where the run goes on: begin."""
         for feed in self._feeds:

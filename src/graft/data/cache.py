@@ -1,0 +1,189 @@
+"""Tokens of large files, kept by what they were made of: the rows, the tokenizer, the settings, the code.
+
+One directory for each such digest, written whole or not at all; of two processes that want the same one, the
+second waits for the first. The least recently used ones go when all together grow beyond 20 GiB; a process
+that reads one then keeps its open files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from graft import files
+from graft.data.config import DataConfig
+from graft.data.listener import Listener
+from graft.data.masking import Encoder
+from graft.data.quarantine import Quarantine
+from graft.data.report import Report
+from graft.data.sources import Source, name_of, source_files
+from graft.data.store import Store
+
+MIN_BYTES = 16 << 20
+"""Smaller files are tokenized in seconds, and not kept."""
+MAX_BYTES = 20 << 30
+"""All entries together."""
+
+_DESCRIPTION = "dataset.json"
+_QUARANTINE = "quarantine.jsonl"
+_WITHOUT_EFFECT = (
+    "train",
+    "eval",
+    "eval_fraction",
+    "shuffle",
+    "packing",
+    "workers",
+    "cache",
+    "chat_template",
+)
+"""Settings that samples do not hang on; a template counts by its text."""
+_LIBRARIES = ("tokenizers", "transformers", "jinja2")
+
+
+def default_directory() -> Path:
+    """Where tokens are kept: $GRAFT_CACHE, or graft in the user's cache directory."""
+    if place := os.environ.get("GRAFT_CACHE"):
+        return Path(place)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "graft" / "tokens"
+
+
+def entry_for(source: Source, encoder: Encoder, config: DataConfig, split: str) -> Entry | None:
+    """The entry for a source; None where nothing is kept.
+
+    Raises:
+        DataError: The kind of file is unknown.
+        StorageError: The file is missing or cannot be read.
+
+    Cost: reads the file once, about a second for a gigabyte.
+    """
+    found = source_files(source, split) if config.cache is not False else None
+    if not found or sum(file.stat().st_size for file in found) < MIN_BYTES:
+        return None
+    settings = dataclasses.asdict(config)
+    key = files.sha256_json(
+        {
+            "path": name_of(source),
+            "files": [[file.name, files.sha256_file(file)] for file in found],
+            "split": split,
+            "settings": {name: settings[name] for name in settings if name not in _WITHOUT_EFFECT},
+            "tokenizer": encoder.digest(),
+            "code": _code(),
+        }
+    )
+    root = default_directory() if config.cache is True else Path(str(config.cache)).expanduser()
+    return Entry(root / key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A directory of the cache.
+
+    Attributes:
+        path: Its place, named after the digest of what it was made of.
+    """
+
+    path: Path
+
+    @contextmanager
+    def held(self, listener: Listener) -> Iterator[None]:
+        """Keep other processes from making the same entry meanwhile.
+
+        Raises:
+            StorageError: The cache cannot be written.
+        """
+        root = self.path.parent
+        with files.refusing(root, 0):
+            root.mkdir(parents=True, exist_ok=True)
+        lock = root / f"{self.path.name}.lock"
+        with files.locked(lock, lambda: listener.say("waiting: another process prepares the same data")):
+            yield
+
+    @contextmanager
+    def filled(self) -> Iterator[Path]:
+        """A directory to fill, which becomes the entry at the end; older entries make room for it.
+
+        Raises:
+            StorageError: The disk refused.
+        """
+        with files.new_directory(self.path) as partial:
+            yield partial
+        _make_room(self.path)
+
+    def describe(
+        self, directory: Path, samples: Store, report: Report, digest: str, quarantine: Quarantine
+    ) -> None:
+        """Write down what a filled directory holds."""
+        quarantine.save(directory / _QUARANTINE)
+        report.notes.append(f"tokens kept in {self.path} ({samples.num_bytes / 1e6:,.0f} MB)")
+        described = {
+            "sizes": samples.sizes(),
+            "token_dtype": samples.token_dtype.str,
+            "remarks": [list(remarks) for remarks in samples.remarks],
+            "report": report.to_dict(),
+            "digest": digest,
+        }
+        files.write_json(directory / _DESCRIPTION, described)
+
+    def open(self, quarantine: Quarantine | None) -> tuple[Store, Report, str] | None:
+        """What is kept; None where there is nothing, or only a part of it, which is then removed.
+
+        Args:
+            quarantine: Receives the rows that were left out.
+
+        Raises:
+            StorageError: It is there and cannot be read or removed.
+        """
+        if not self.path.exists():
+            return None
+        found: dict[str, Any] = {}
+        if (self.path / _DESCRIPTION).exists():
+            found = files.read_json(self.path / _DESCRIPTION)
+        sizes = {name: _size(self.path / name) for name in found.get("sizes", {})}
+        if not sizes or sizes != found["sizes"]:
+            files.remove_directory(self.path)
+            return None
+        report = Report(**found["report"])
+        report.rejected = [(where, reason) for where, reason in report.rejected]
+        with files.refusing(self.path, 0):
+            os.utime(self.path / _DESCRIPTION)
+            remarks = [tuple(each) for each in found["remarks"]]
+            store = Store.opened(self.path, found["token_dtype"], remarks, report.path)
+        if quarantine is not None and (self.path / _QUARANTINE).exists():
+            quarantine.take(self.path / _QUARANTINE)
+        return store, report, found["digest"]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1
+
+
+def _make_room(keep: Path) -> None:
+    """Remove the entries that were used longest ago until the rest is small enough."""
+    used: dict[Path, tuple[float, int]] = {}
+    for description in keep.parent.glob(f"*/{_DESCRIPTION}"):
+        entry = description.parent
+        size = sum(file.stat().st_size for file in entry.iterdir())
+        used[entry] = (description.stat().st_mtime, size)
+    total = sum(size for _, size in used.values())
+    for entry, (_, size) in sorted(used.items(), key=lambda item: item[1][0]):
+        if total <= MAX_BYTES:
+            return
+        if entry != keep:
+            files.remove_directory(entry)
+            total -= size
+
+
+@functools.cache
+def _code() -> str:
+    """Digest of what turns rows into samples: this room, and the libraries it stands on."""
+    room = sorted(Path(__file__).parent.rglob("*.py"))
+    return files.sha256_json(
+        [[version(name) for name in _LIBRARIES], [[file.name, files.sha256_file(file)] for file in room]]
+    )

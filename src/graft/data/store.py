@@ -1,0 +1,379 @@
+"""Samples held as bytes, in memory or in files: any one is read by itself, so that their number costs little.
+
+Four columns: token ids one sample after another, the learned ranges of tokens, the places of the rows, and a
+record of fixed size for each sample that says where its parts begin. A store in files keeps 4 bytes a sample
+in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import weakref
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graft import files
+from graft.data.samples import Sample
+from graft.errors import StorageError
+
+SPILL_BYTES = 64 << 20
+"""A store without a directory of its own goes to a nameless file beyond this."""
+
+COLUMNS = ("tokens", "spans", "places", "records")
+RECORD = np.dtype(
+    [
+        ("token", "<i8"),  # where its ids begin, in tokens
+        ("span", "<i8"),  # where its learned ranges begin, in ranges
+        ("place", "<i8"),  # where the name of its place begins, in bytes
+        ("key", "<u8", (2,)),  # digest of its ids and labels
+        ("tokens", "<i4"),
+        ("spans", "<i4"),
+        ("place_bytes", "<i4"),
+        ("learned", "<i4"),  # tokens that are learned
+        ("ends", "<i4"),  # learned tokens that end an answer or a text
+        ("remark", "<i4"),  # which of the store's sets of remarks
+    ]
+)
+_SPAN = np.dtype(("<i4", (2,)))
+_FIGURES = np.dtype([("key", "<u8", (2,)), ("tokens", "<i4"), ("learned", "<i4"), ("ends", "<i4")])
+_BLOCK = 1 << 14
+_BUFFER_TOKENS = 1 << 18
+
+
+class Held(Sequence[Sample]):
+    """Samples with their figures at hand, that are made when they are asked for."""
+
+    lengths: NDArray[np.int32]
+    """Tokens of each sample."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self.sample(number) for number in range(*index.indices(len(self)))]
+        return self.sample(range(len(self))[index])
+
+    def sample(self, index: int) -> Sample:
+        """The sample at a place from 0 on."""
+        raise NotImplementedError
+
+    def figures(self) -> NDArray[Any]:
+        """Of each sample its key, tokens, learned tokens and ends; 28 bytes each."""
+        raise NotImplementedError
+
+    def drawn(self, epoch: int) -> NDArray[np.int64] | None:
+        """Which samples an epoch has, by their numbers; None where it has each of them once."""
+        return None
+
+
+class Chosen(Held):
+    """Some of the samples of another sequence, in an order of their own.
+
+    Args:
+        samples: All.
+        indexes: Which ones.
+    """
+
+    def __init__(self, samples: Held, indexes: NDArray[np.int64]) -> None:
+        self._samples, self._indexes = samples, indexes
+        self.lengths = samples.lengths[indexes]
+
+    def sample(self, index: int) -> Sample:
+        """The sample at a place from 0 on."""
+        return self._samples.sample(int(self._indexes[index]))
+
+    def figures(self) -> NDArray[Any]:
+        """As of all samples."""
+        return self._samples.figures()[self._indexes]
+
+
+def chosen(samples: Sequence[Sample], indexes: NDArray[np.int64]) -> Sequence[Sample]:
+    """Some of the samples, in the order of the indexes."""
+    if isinstance(samples, Held):
+        return Chosen(samples, indexes)
+    return [samples[index] for index in indexes.tolist()]
+
+
+class Store(Held):
+    """Samples that `StoreWriter` wrote.
+
+    Args:
+        columns: What holds the bytes, by the names of `COLUMNS`.
+        token_dtype: Of the ids.
+        remarks: The sets of remarks that samples have, by number.
+        prefix: What all places begin with.
+    """
+
+    def __init__(
+        self,
+        columns: dict[str, Column],
+        token_dtype: np.dtype[Any],
+        remarks: Sequence[tuple[str, ...]],
+        prefix: str,
+    ) -> None:
+        self._columns = columns
+        self.token_dtype = token_dtype
+        self.remarks = remarks
+        self._prefix = prefix
+        count = columns["records"].num_bytes // RECORD.itemsize
+        self.lengths = np.empty(count, dtype=np.int32)
+        for begin, block in self._blocks(count):
+            self.lengths[begin : begin + len(block)] = block["tokens"]
+
+    @classmethod
+    def opened(
+        cls, directory: Path, token_dtype: str, remarks: Sequence[tuple[str, ...]], prefix: str
+    ) -> Store:
+        """What a writer put into a directory.
+
+        Raises:
+            OSError: A file is missing or cannot be read.
+        """
+        columns = {name: Column.opened(directory / name) for name in COLUMNS}
+        return cls(columns, np.dtype(token_dtype), remarks, prefix)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each column."""
+        return {name: column.num_bytes for name, column in self._columns.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all columns."""
+        return sum(column.num_bytes for column in self._columns.values())
+
+    def sample(self, index: int) -> Sample:
+        """The sample at a place from 0 on; three small reads."""
+        at = self._read("records", RECORD, index, 1)[0]
+        ids = self._read("tokens", self.token_dtype, int(at["token"]), int(at["tokens"]))
+        spans = self._read("spans", _SPAN, int(at["span"]), int(at["spans"]))
+        place = self._columns["places"].read(int(at["place"]), int(at["place_bytes"])).decode()
+        learned = [(begin, end) for begin, end in spans.tolist()]
+        return Sample.of(ids, learned, self._prefix + place, self.remarks[int(at["remark"])])
+
+    def figures(self) -> NDArray[Any]:
+        """Of each sample its key, tokens, learned tokens and ends; 28 bytes each."""
+        found = np.empty(len(self), dtype=_FIGURES)
+        for begin, block in self._blocks(len(self)):
+            for name in _FIGURES.names or ():
+                found[name][begin : begin + len(block)] = block[name]
+        return found
+
+    def _blocks(self, count: int) -> Iterator[tuple[int, NDArray[Any]]]:
+        for begin in range(0, count, _BLOCK):
+            yield begin, self._read("records", RECORD, begin, min(_BLOCK, count - begin))
+
+    def _read(self, column: str, dtype: np.dtype[Any], begin: int, count: int) -> NDArray[Any]:
+        size = dtype.itemsize
+        return np.frombuffer(self._columns[column].read(begin * size, count * size), dtype)
+
+
+class StoreWriter:
+    """Takes samples one after another.
+
+    Args:
+        num_ids: Ids are below this; up to 65,536 they take two bytes each.
+        control_ids: Tokens that end an answer or a text where they are learned last.
+        directory: Where the columns become files; without one they stay in memory, and go to nameless files
+            in the system's temporary directory when they grow.
+        spill_bytes: How large they grow before.
+
+    Raises:
+        StorageError: The disk is full, from any of the methods.
+    """
+
+    def __init__(
+        self,
+        num_ids: int,
+        control_ids: Collection[int],
+        directory: Path | None = None,
+        spill_bytes: int = SPILL_BYTES,
+    ) -> None:
+        self.token_dtype: np.dtype[Any] = np.dtype("<u2" if num_ids <= 1 << 16 else "<i4")
+        self.remarks: dict[tuple[str, ...], int] = {(): 0}
+        self._control_ids = control_ids
+        self._spill_bytes = spill_bytes
+        self._columns: dict[str, Column] = {name: Column.new(name, directory) for name in COLUMNS}
+        self._in_memory = directory is None
+        self._ends = {"tokens": 0, "spans": 0, "places": 0}
+        self._buffers: dict[str, list[bytes]] = {name: [] for name in COLUMNS}
+        self._buffered_tokens = 0
+        self.num_samples = 0
+
+    def add(self, sample: Sample, place: str) -> None:
+        """Append a sample.
+
+        Args:
+            sample: Its labels are its ids where they are learned.
+            place: Its place without the prefix that `store` is given.
+        """
+        ids, spans = sample.ids, np.asarray(sample.learned, dtype="<i4").reshape(-1, 2)
+        name = place.encode("utf-8", "surrogateescape")
+        record = np.zeros(1, RECORD)
+        record["token"], record["span"], record["place"] = self._ends.values()
+        record["tokens"], record["spans"], record["place_bytes"] = len(ids), len(spans), len(name)
+        record["key"], record["learned"], record["ends"] = told_of(sample, ids, spans, self._control_ids)
+        record["remark"] = self.remarks.setdefault(sample.remarks, len(self.remarks))
+        kept = (ids.astype(self.token_dtype).tobytes(), spans.tobytes(), name, record.tobytes())
+        for column, data in zip(COLUMNS, kept, strict=True):
+            self._buffers[column].append(data)
+        self._ends["tokens"] += len(ids)
+        self._ends["spans"] += len(spans)
+        self._ends["places"] += len(name)
+        self.num_samples += 1
+        self._buffered_tokens += len(ids)
+        if self._buffered_tokens >= _BUFFER_TOKENS:
+            self._flush()
+
+    def store(self, prefix: str) -> Store:
+        """All that was added; nothing may be added afterwards."""
+        self._flush()
+        return Store(self._columns, self.token_dtype, list(self.remarks), prefix)
+
+    def _flush(self) -> None:
+        for name, parts in self._buffers.items():
+            self._columns[name].append(b"".join(parts))
+            parts.clear()
+        self._buffered_tokens = 0
+        if self._in_memory and sum(column.num_bytes for column in self._columns.values()) > self._spill_bytes:
+            self._columns = {name: column.spilled() for name, column in self._columns.items()}
+            self._in_memory = False
+
+
+class Column:
+    """Bytes that grow at their end and are read anywhere: in memory, or in a file.
+
+    Args:
+        handle: Of a file; without one the bytes are in memory. It is closed with the column.
+        where: Its name, for errors.
+    """
+
+    def __init__(self, handle: int | None = None, where: str = "") -> None:
+        self._handle, self._where = handle, where
+        self._memory = bytearray()
+        self.num_bytes = 0
+        if handle is not None:
+            self.num_bytes = os.fstat(handle).st_size
+            weakref.finalize(self, os.close, handle)
+
+    @classmethod
+    def new(cls, name: str, directory: Path | None) -> Column:
+        """An empty one, in memory or as a file of a directory."""
+        if directory is None:
+            return cls()
+        path = directory / name
+        with files.refusing(path, 0):
+            return cls(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), str(path))
+
+    @classmethod
+    def opened(cls, path: Path) -> Column:
+        """One that was written before.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC), str(path))
+
+    def append(self, data: bytes) -> None:
+        """Add bytes at the end."""
+        if self._handle is None:
+            self._memory += data
+        else:
+            with files.refusing(self._where, len(data)):
+                files.write_at(self._handle, memoryview(data), self.num_bytes)
+        self.num_bytes += len(data)
+
+    def read(self, begin: int, count: int) -> bytes | bytearray:
+        """Bytes from a place on.
+
+        Raises:
+            StorageError: They cannot be read, or the file ends before.
+        """
+        if self._handle is None:
+            return self._memory[begin : begin + count]
+        data = bytearray(count)
+        try:
+            missing = files.read_at(self._handle, memoryview(data), begin)
+        except OSError as error:
+            self._refuse(str(error.strerror), error)
+        if missing:
+            self._refuse("the file has become shorter")
+        return data
+
+    def _refuse(self, why: str, error: OSError | None = None) -> NoReturn:
+        raise StorageError(
+            f"tokens cannot be read: {why}",
+            where=self._where,
+            fix="start again: they are made anew where the file is damaged",
+        ) from error
+
+    def spilled(self) -> Column:
+        """The same bytes in a nameless file."""
+        directory = tempfile.gettempdir()
+        moved = Column(files.scratch_file(directory, 0), directory)
+        moved.append(bytes(self._memory))
+        return moved
+
+
+def told_of(
+    sample: Sample, ids: NDArray[np.int32], spans: NDArray[np.int32], control_ids: Collection[int]
+) -> tuple[NDArray[np.uint64], int, int]:
+    """What is counted of a sample.
+
+    Returns:
+        128 bits that are the same for samples with equal ids and labels; how many tokens are learned; how
+        many learned ranges end with a control token.
+    """
+    last = [int(sample.labels_in(end - 1, end)[0]) for end in spans[:, 1].tolist()]
+    said = ids.tobytes() + spans.tobytes() + np.asarray(last, "<i4").tobytes()
+    key = np.frombuffer(hashlib.blake2b(said, digest_size=16).digest(), "<u8")
+    learned = int((spans[:, 1] - spans[:, 0]).sum())
+    return key, learned, sum(label in control_ids for label in last)
+
+
+def lengths_of(samples: Sequence[Sample]) -> NDArray[np.int32]:
+    """Tokens of each sample."""
+    if isinstance(samples, Held):
+        return samples.lengths
+    return np.fromiter((len(sample) for sample in samples), np.int32, len(samples))
+
+
+def figures_of(samples: Sequence[Sample], control_ids: Collection[int]) -> NDArray[Any]:
+    """Of each sample its key, tokens, learned tokens and ends."""
+    if isinstance(samples, Held):
+        return samples.figures()
+    found = np.zeros(len(samples), dtype=_FIGURES)
+    for figure, sample in zip(found, samples, strict=True):
+        ids, spans = sample.ids, np.asarray(sample.learned, dtype="<i4").reshape(-1, 2)
+        figure["tokens"] = len(ids)
+        figure["key"], figure["learned"], figure["ends"] = told_of(sample, ids, spans, control_ids)
+    return found
+
+
+def repeats(keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which rows of keys are equal to an earlier one.
+
+    Args:
+        keys: (N, W).
+
+    Returns:
+        The later ones, ascending, and for each the first that is equal.
+    """
+    order = np.lexsort(keys.T)  # stable: equal rows stay in their order
+    ranked = keys[order]
+    new = np.ones(len(keys), dtype=bool)
+    new[1:] = (ranked[1:] != ranked[:-1]).any(axis=1)
+    first = order[np.flatnonzero(new)[np.cumsum(new) - 1]]
+    later, first = order[~new], first[~new]
+    ascending = np.argsort(later)
+    return later[ascending], first[ascending]
