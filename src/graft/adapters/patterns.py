@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import regex  # type: ignore[import-untyped]
+import regex
 
 from graft.errors import TargetError
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 FIELDS = (
     *("format", "limit", "max_length", "on_overlong", "loss_on", "chat_template", "skip_invalid"),
     "columns",
+    "prompt_template",
 )
 """Fields of the data section that act on an evaluation."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +34,9 @@ _DESCRIPTION = "dataset.json"
 _QUARANTINE = "quarantine.jsonl"
 _WITHOUT_EFFECT = (
     "train",
+    "mix",
+    "mix_by",
+    "mix_temperature",
     "eval",
     "eval_fraction",
     "shuffle",
@@ -54,8 +57,17 @@ def default_directory() -> Path:
     return Path(base) / "graft" / "tokens"
 
 
-def entry_for(source: Source, encoder: Encoder, config: DataConfig, split: str) -> Entry | None:
+def entry_for(
+    source: Source, encoder: Encoder, config: DataConfig, split: str, seen: Sequence[str] = ()
+) -> Entry | None:
     """The entry for a source; None where nothing is kept.
+
+    Args:
+        source: What is read.
+        encoder: What makes its samples.
+        config: How.
+        split: Which file of a directory.
+        seen: Digests of the sources that its rows are compared with.
 
     Raises:
         DataError: The kind of file is unknown.
@@ -72,6 +84,7 @@ def entry_for(source: Source, encoder: Encoder, config: DataConfig, split: str) 
             "path": name_of(source),
             "files": [[file.name, files.sha256_file(file)] for file in found],
             "split": split,
+            "seen": list(seen),
             "settings": {name: settings[name] for name in settings if name not in _WITHOUT_EFFECT},
             "tokenizer": encoder.digest(),
             "code": _code(),
@@ -117,7 +130,13 @@ class Entry:
         _make_room(self.path)
 
     def describe(
-        self, directory: Path, samples: Store, report: Report, digest: str, quarantine: Quarantine
+        self,
+        directory: Path,
+        samples: Store,
+        report: Report,
+        digest: str,
+        quarantine: Quarantine,
+        num_eval: int,
     ) -> None:
         """Write down what a filled directory holds."""
         quarantine.save(directory / _QUARANTINE)
@@ -128,8 +147,17 @@ class Entry:
             "remarks": [list(remarks) for remarks in samples.remarks],
             "report": report.to_dict(),
             "digest": digest,
+            "num_eval": num_eval,
         }
         files.write_json(directory / _DESCRIPTION, described)
+
+    def num_eval(self) -> int:
+        """Evaluation rows that had been found in the training data when this was made.
+
+        Raises:
+            StorageError: It cannot be read.
+        """
+        return int(files.read_json(self.path / _DESCRIPTION)["num_eval"])
 
     def open(self, quarantine: Quarantine | None) -> tuple[Store, Report, str] | None:
         """What is kept; None where there is nothing, or only a part of it, which is then removed.

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from graft.config import closest
+from graft.data.cleaning import Cleaning
 from graft.data.columns import check_used
 from graft.data.config import DataConfig
-from graft.data.examples import column_text
+from graft.data.content import Content, content_of
+from graft.data.examples import Pair, column_text
 from graft.data.masking import Encoder
 from graft.data.prepare import Dataset, count_samples, make_encoder
 from graft.data.quarantine import Quarantine
@@ -50,6 +52,7 @@ class ClassReader:
         config: DataConfig,
         split: str = "train",
         quarantine: Quarantine | None = None,
+        cleaning: Cleaning | None = None,
     ) -> Dataset:
         """Read a source and encode it.
 
@@ -59,6 +62,7 @@ class ClassReader:
             config: `on_overlong` cuts the end of a text, drops the row, or is an error.
             split: "train" or "eval".
             quarantine: Receives each row that is left out under skip_invalid.
+            cleaning: As of `prepare`.
 
         Raises:
             DataError: A text or a label is wrong (unless skip_invalid), a label is not among those of the
@@ -70,7 +74,8 @@ class ClassReader:
         report = reading.report
         report.format, report.reason = FORMAT, "asked for by the task"
         left_out = reading.left_out
-        good = self._checked(rows, left_out)
+        cleaning = cleaning or Cleaning(config)
+        good = list(cleaning.pass_on(split)(self._checked(rows, left_out), _content, report))
         if not self.labels:
             self.labels = _labels_of([label for _, _, label in good], report.path)
         samples = self._encode(good, encoder, config, left_out)
@@ -154,6 +159,11 @@ class ClassReader:
             f"{encoder.tokenizer.decode(sample.input_ids)} -> {self.labels[sample.labels[-1]]}"
             for sample in samples[:2]
         ]
+
+
+def _content(checked: tuple[Row, str, str]) -> Content:
+    row, text, label = checked
+    return content_of(Pair(text, label, row.where))
 
 
 def label_of(row: Row) -> str:

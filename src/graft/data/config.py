@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from graft.config import did_you_mean
 from graft.data.columns import check_parts
+from graft.data.findings import SCRIPTS, Finding
+from graft.data.prompts import FORMATS, PromptTemplate
 from graft.errors import ConfigError
 
 
@@ -50,6 +54,30 @@ class DataConfig:
     """Threads that make batches ahead of the step that uses them; 0 makes each when it is wanted."""
     cache: bool | str = True
     """Keep tokens of files of 16 MiB or more, in graft's cache directory or in the one that is named."""
+    prompt_template: str | None = None
+    """Writes the prompt of each row from its columns ("Question: {question}\\nAnswer:"); the answer stands in
+    completion, response, answer or output."""
+    mix: Mapping[str, float | None] = field(default_factory=dict)
+    """In place of train: several files, each with its weight ({domain.jsonl: 0.7, general.jsonl: 0.3});
+    without weights (null) their sizes weigh."""
+    mix_by: Literal["examples", "tokens"] = "examples"
+    """What the weights of mix are shares of; an epoch has as many of these as all its files together."""
+    mix_temperature: float = 1.0
+    """Shares are in proportion to weight^(1/temperature): more than 1 makes them more equal."""
+    deduplicate: Literal["no", "exact", "near"] = "no"
+    """Leave out training rows that an earlier one is equal to (exact), or also nearly so (near); no only
+    counts."""
+    near_threshold: float = 0.8
+    """Jaccard similarity of word 3-grams from which on rows are near duplicates."""
+    overlap: Literal["tell", "drop", "error"] = "tell"
+    """What happens with training rows that are also in the evaluation data."""
+    overlap_by: Literal["exact", "near", "ngrams"] = "exact"
+    """Which rows these are: equal ones, near duplicates too, or also those that share 13 words in a row."""
+    drop: tuple[Finding, ...] = ()
+    """Leave out training rows with these findings, which are told anyway: blank_answer, copied_prompt,
+    repetitive, few_letters, mojibake, placeholder."""
+    scripts: tuple[str, ...] = ()
+    """Leave out training rows that are mainly in another script than these: [Latin], [Han, Latin]."""
 
     def __post_init__(self) -> None:
         check_parts(self.columns)
@@ -83,3 +111,83 @@ class DataConfig:
                 where="data.limit",
                 fix="leave it out to use every row",
             )
+        self._check_prompts()
+        self._check_mix()
+        self._check_cleaning()
+
+    def _check_prompts(self) -> None:
+        if self.prompt_template is None:
+            return
+        PromptTemplate.parse(self.prompt_template)
+        if self.chat_template is not None:
+            raise ConfigError(
+                "prompt_template and chat_template are both given",
+                where="data.prompt_template",
+                fix="keep the one that the rows are for: columns of text, or messages",
+            )
+        if self.format not in FORMATS:
+            raise ConfigError(
+                f"prompt_template does not act on rows of format {self.format}",
+                where="data.prompt_template",
+                fix=f"leave it out, or format: {' or '.join(FORMATS[1:])}",
+            )
+
+    def _check_mix(self) -> None:
+        if not self.mix:
+            for name, usual in (("mix_by", "examples"), ("mix_temperature", 1.0)):
+                if getattr(self, name) != usual:
+                    raise _idle(name, "mix", "give the files under mix, or leave it out")
+            return
+        for name in ("train", "eval_fraction"):
+            if getattr(self, name):
+                fix = "keep one of them" if name == "train" else "give an evaluation file: data.eval"
+                raise ConfigError(f"mix and {name} are both given", where="data.mix", fix=fix)
+        if len(self.mix) < 2:
+            raise ConfigError(
+                f"mix names only {next(iter(self.mix))}", where="data.mix", fix="use data.train for one file"
+            )
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        weights = list(self.mix.values())
+        if None in weights and any(weight is not None for weight in weights):
+            raise ConfigError(
+                f"some files of mix have a weight and some have none: {dict(self.mix)}",
+                where="data.mix",
+                fix="give each a weight, or none for their sizes",
+            )
+        for path, weight in self.mix.items():
+            if weight is not None and not (math.isfinite(weight) and weight > 0):
+                raise ConfigError(
+                    f"the weight of {path} is {weight:g}; it must be above 0",
+                    where="data.mix",
+                    fix="leave the file out, or give it a share",
+                )
+        if not (math.isfinite(self.mix_temperature) and self.mix_temperature > 0):
+            raise ConfigError(
+                f"mix_temperature must be above 0, got {self.mix_temperature:g}",
+                where="data.mix_temperature",
+                fix="1 keeps the weights, 2 to 5 make them more equal",
+            )
+
+    def _check_cleaning(self) -> None:
+        if not 0.5 <= self.near_threshold <= 1.0:
+            raise ConfigError(
+                f"near_threshold must be from 0.5 to 1, got {self.near_threshold:g}",
+                where="data.near_threshold",
+                fix="0.8 is usual",
+            )
+        if self.near_threshold != 0.8 and "near" not in (self.deduplicate, self.overlap_by):
+            raise _idle("near_threshold", "near duplicates", "deduplicate: near, or overlap_by: near")
+        for name, usual in (("overlap", "tell"), ("overlap_by", "exact")):
+            if getattr(self, name) != usual and self.eval is None:
+                fix = "give data.eval; equal rows always stay on one side of eval_fraction"
+                raise _idle(name, "an evaluation file", fix)
+        if unknown := next((name for name in self.scripts if name not in SCRIPTS), ""):
+            raise ConfigError(
+                f"no script is called {unknown!r}", where="data.scripts", fix=did_you_mean(unknown, SCRIPTS)
+            )
+
+
+def _idle(name: str, lacking: str, fix: str) -> ConfigError:
+    return ConfigError(f"{name} has nothing to act on without {lacking}", where=f"data.{name}", fix=fix)

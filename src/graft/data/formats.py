@@ -20,6 +20,7 @@ from graft.data.examples import (
     read_messages,
     read_sharegpt,
 )
+from graft.data.prompts import PromptTemplate, completion_of
 from graft.data.sources import Row
 from graft.errors import DataError
 
@@ -60,11 +61,13 @@ class Detected:
         format: "text", "prompt_completion", "messages", "alpaca", "sharegpt"; or "mixed": each row its own.
         reason: Why, for the user.
         columns: The column that plays each part, where its name is free ("prompt" -> "question").
+        template: What writes the prompts, where the user gave it.
     """
 
     format: str
     reason: str
     columns: Mapping[str, str] = field(default_factory=dict)
+    template: PromptTemplate | None = None
 
     def unused(self, row: Row) -> list[str]:
         """The columns of a row that this format has no part for."""
@@ -75,16 +78,23 @@ class Detected:
         return [name for name in row.value if name not in used]
 
 
-def detect(rows: Sequence[Row], wanted: str = "auto") -> Detected:
+def detect(rows: Sequence[Row], wanted: str = "auto", prompt_template: str | None = None) -> Detected:
     """Say what the rows are from the names and kinds of their columns.
 
     Args:
         rows: At least one row; the first hundred are looked at.
         wanted: A format that the user named, or "auto".
+        prompt_template: What writes the prompts, so that only the answer's column has to be found.
 
     Raises:
+        ConfigError: The template is none.
         DataError: The columns fit no format that can be trained on.
     """
+    if prompt_template is not None:
+        template = PromptTemplate.parse(prompt_template)
+        template.fill(rows[0])
+        columns = {"completion": completion_of(rows[0]), **{name: name for name in template.columns}}
+        return Detected("prompt_completion", "data.prompt_template writes the prompts", columns, template)
     if wanted != "auto":
         return Detected(wanted, "named by data.format", _columns_for(wanted, rows))
     looked = rows[:_LOOKED_AT]
@@ -116,6 +126,8 @@ def to_example(row: Row, format: str | Detected, *, chat: bool = True) -> Exampl
         DataError: A column is missing or holds something else than it should.
     """
     detected = format if isinstance(format, Detected) else detect([row], format)
+    if detected.template is not None:
+        return detected.template.example(row)
     if detected.format == "mixed":
         detected = detect([row])
     if isinstance(row.value, str):

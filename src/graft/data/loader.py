@@ -155,9 +155,8 @@ class Loader:
 
     def _arrange(self, epoch: int) -> Rows:
         size = self._size
-        units = self._drawn(epoch)
-        if units is None:
-            units = np.arange(len(self._samples) // size)
+        drawn = self._drawn(epoch)
+        units = np.arange(len(self._samples) // size) if drawn is None else drawn[::size] // size
         if self._shuffle:
             units = units[_order(len(units), self._seed, epoch)]
         if not self._packing:

@@ -6,13 +6,16 @@ messages, in role/content or from/value. Only the answers are learned from.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from graft.data.cleaning import Cleaning
 from graft.data.columns import check_used
 from graft.data.config import DataConfig
+from graft.data.content import DIGEST_BYTES, Content, content_of
 from graft.data.examples import (
     Conversation,
     Message,
@@ -154,6 +157,7 @@ def prepare_pairs(
     config: DataConfig,
     split: str = "train",
     quarantine: Quarantine | None = None,
+    cleaning: Cleaning | None = None,
 ) -> Dataset:
     """Read a source of preferences and encode it.
 
@@ -164,6 +168,7 @@ def prepare_pairs(
             right, drops the pair, or is an error.
         split: "train" or "eval".
         quarantine: Receives each row that is left out under skip_invalid.
+        cleaning: As of `prepare`.
 
     Returns:
         Samples in twos: chosen, rejected, chosen, ...
@@ -175,7 +180,8 @@ def prepare_pairs(
     encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
     rows, reading = read_file(source, config, split, encoder, quarantine)
     report, left_out = reading.report, reading.left_out
-    read = list(_preferences(rows, encoder, left_out))
+    cleaning = cleaning or Cleaning(config)
+    read = list(cleaning.pass_on(split)(_preferences(rows, encoder, left_out), _content, report))
     preferences = [preference for preference, _ in read]
     chats = any(isinstance(each.chosen, Conversation) for each in preferences)
     report.format = CHAT if chats else PLAIN
@@ -196,6 +202,15 @@ def prepare_pairs(
         report.notes.append(f"{left} left out, the first: {first}")
     report.preview = [show_sample(sample, encoder.tokenizer) for sample in samples[:2]]
     return Dataset(samples, report, reading.digest)
+
+
+def _content(read: tuple[Preference, Row]) -> Content:
+    preference, _ = read
+    chosen, rejected = content_of(preference.chosen), content_of(preference.rejected)
+    digest = hashlib.blake2b(chosen.digest + rejected.digest, digest_size=DIGEST_BYTES).digest()
+    answers = f"{chosen.answer}\n{rejected.answer}"
+    # Two rankings of one prompt are two comparisons, no contradiction.
+    return Content(preference.where, digest, None, chosen.prompt, answers)
 
 
 def _preferences(

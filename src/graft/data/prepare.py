@@ -14,13 +14,15 @@ import numpy as np
 
 from graft.data.ahead import in_order
 from graft.data.cache import entry_for
+from graft.data.cleaning import Cleaning
 from graft.data.config import DataConfig
+from graft.data.content import Content, content_of
 from graft.data.formats import Example
 from graft.data.listener import SILENT, Listener
 from graft.data.masking import Encoder
 from graft.data.quarantine import Quarantine
 from graft.data.reading import LeftOut, Reading, num_rows, refuse_all
-from graft.data.report import MAX_PLACES, Report, show_sample
+from graft.data.report import Report, show_sample
 from graft.data.samples import SPLIT, TRUNCATED, Rejected, Sample
 from graft.data.sources import Row, Source
 from graft.data.store import Store, StoreWriter, figures_of, repeats
@@ -44,7 +46,7 @@ class Dataset:
         samples: In the order of their rows.
         report: What was read and what became of it.
         digest: SHA-256 over the content of the rows, the same for the same rows in another encoding or
-            with other line ends.
+            with other line ends; of a mixture over those of its files and their shares.
         labels: The classes by number, of texts with a class.
     """
 
@@ -71,6 +73,7 @@ def prepare(
     config: DataConfig,
     split: str = "train",
     quarantine: Quarantine | None = None,
+    cleaning: Cleaning | None = None,
     *,
     listener: Listener = SILENT,
 ) -> Dataset:
@@ -82,6 +85,8 @@ def prepare(
         config: Format, length, template and what to do with bad rows.
         split: "train" or "eval": which file of a directory, and what errors call it.
         quarantine: Receives each row that is left out under skip_invalid.
+        cleaning: What training rows pass through, and evaluation rows are remembered in; own ones if left
+            out.
         listener: Is told now and then how far it is.
 
     Raises:
@@ -91,18 +96,37 @@ def prepare(
     Memory: 4 bytes a sample where samples are in files, as they are beyond 64 MiB or in the cache.
     """
     encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
-    build = partial(_build, source, encoder, config, split, listener)
-    entry = entry_for(source, encoder, config, split)
-    if entry is None:
-        return Dataset(*build(quarantine, None))
-    with entry.held(listener):
-        found = entry.open(quarantine)
-        if found is None:
-            with entry.filled() as directory, Quarantine() as left_out:
-                entry.describe(directory, *build(left_out, directory), left_out)
+    cleaning = cleaning or Cleaning(config)
+    build = partial(_build, source, encoder, config, split, cleaning, listener)
+    entry = entry_for(source, encoder, config, split, cleaning.seen)
+    found = build(quarantine, None) if entry is None else None
+    if entry is not None:
+        with entry.held(listener):
             found = entry.open(quarantine)
+            if found is None:
+                with entry.filled() as directory, Quarantine() as left_out:
+                    entry.describe(directory, *build(left_out, directory), left_out, cleaning.num_eval)
+                found = entry.open(quarantine)
+            else:
+                again = partial(_send_through, source, encoder, config, split, cleaning)
+                cleaning.pass_by(again, entry.num_eval())
     assert found is not None
-    return Dataset(*found)
+    samples, report, digest = found
+    cleaning.seen.append(digest)
+    return Dataset(samples, report, digest)
+
+
+def _send_through(
+    source: Source, encoder: Encoder, config: DataConfig, split: str, cleaning: Cleaning
+) -> None:
+    """Only compare the rows of a source with others."""
+    reading = Reading(source, config, split, encoder)
+    for _ in cleaning.pass_on(split)(reading.examples(), _content, reading.report):
+        pass
+
+
+def _content(read: tuple[Row, Example]) -> Content:
+    return content_of(read[1])
 
 
 def _build(
@@ -110,16 +134,19 @@ def _build(
     encoder: Encoder,
     config: DataConfig,
     split: str,
+    cleaning: Cleaning,
     listener: Listener,
     quarantine: Quarantine | None,
     directory: Path | None,
 ) -> tuple[Store, Report, str]:
+    cleaning.catch_up()
     reading = Reading(source, config, split, encoder, quarantine)
     report = reading.report
+    examples = cleaning.pass_on(split)(reading.examples(), _content, report)
     control_ids = encoder.text.control_ids
     num_ids = max(len(encoder.tokenizer), *(id + 1 for id in control_ids), 1)
     writer = StoreWriter(num_ids, control_ids, directory)
-    for sample in _encoded(reading, encoder, config, listener):
+    for sample in _encoded(examples, reading, encoder, config, listener):
         writer.add(sample, sample.where.removeprefix(report.path))
     if not writer.num_samples:
         refuse_all(report)
@@ -130,9 +157,15 @@ def _build(
     return samples, report, reading.digest
 
 
-def _encoded(reading: Reading, encoder: Encoder, config: DataConfig, listener: Listener) -> Iterator[Sample]:
+def _encoded(
+    examples: Iterator[tuple[Row, Example]],
+    reading: Reading,
+    encoder: Encoder,
+    config: DataConfig,
+    listener: Listener,
+) -> Iterator[Sample]:
     report, remarks = reading.report, Counter[str]()
-    chunks = iter(partial(_chunk, reading.examples()), [])
+    chunks = iter(partial(_chunk, examples), [])
     tokens = 0
 
     def encode(chunk: Chunk) -> list[tuple[Row, list[Sample] | Rejected]]:
@@ -183,17 +216,10 @@ def count_samples(samples: Sequence[Sample], encoder: Encoder, report: Report, s
     report.num_labelled_tokens = int(figures["learned"].sum(dtype=np.int64))
     report.num_end_tokens = int(figures["ends"].sum(dtype=np.int64))
     report.longest_tokens = int(figures["tokens"].max())
-    later, first = repeats(figures["key"].reshape(-1, 2 * size))
-    report.num_duplicates = len(later)
-    pairs = zip(later[:MAX_PLACES].tolist(), first[:MAX_PLACES].tolist(), strict=True)
-    report.places["duplicate"] = [
-        f"{samples[size * index].where} = {samples[size * earlier].where}" for index, earlier in pairs
-    ]
+    report.num_duplicates = len(repeats(figures["key"].reshape(-1, 2 * size))[0])
 
 
 def _note(report: Report, lost: Sequence[str]) -> None:
-    if report.num_duplicates:
-        report.notes.append(f"{report.num_duplicates} samples are equal to an earlier one")
     if report.num_rejected:
         report.notes.append(
             f"{num_rows(report.num_rejected)} left out, the first: {': '.join(report.rejected[0])}"

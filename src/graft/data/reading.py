@@ -134,7 +134,7 @@ class Reading:
         first = list(islice(rows, LOOKED_AT))
         if not first:
             refuse_all(self.report)
-        detected = detect(first, self._config.format)
+        detected = detect(first, self._config.format, self._config.prompt_template)
         report = self.report
         report.format, report.reason = detected.format, detected.reason
         unused = detected.unused(first[0])

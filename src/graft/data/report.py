@@ -36,8 +36,9 @@ class Report:
         num_split: Plain texts that were split into several samples.
         num_duplicates: Samples that are equal to an earlier one.
         num_overlap: Samples of an evaluation split that are also in the training split.
-        places: The first 1,000 places of each kind: "rejected", "dropped" and "truncated" rows; "duplicate"
-            as "file:line = file:line" of the first that is equal; "overlap".
+        removed: Rows that were left out though nothing in them is wrong, by reason.
+        places: The first 1,000 places of each kind: "rejected", "dropped" and "truncated" rows, and what was
+            found by cleaning; "file:line", or "file:line = file:line" for a row and the one that it repeats.
         notes: What the user should know.
         preview: The first samples, the learned part between ⟦ and ⟧.
     """
@@ -58,6 +59,7 @@ class Report:
     num_split: int = 0
     num_duplicates: int = 0
     num_overlap: int = 0
+    removed: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     preview: list[str] = field(default_factory=list)
@@ -78,6 +80,29 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
         return asdict(self)
+
+
+_ADDED = tuple(name for name in Report.__dataclass_fields__ if name.startswith("num_"))
+
+
+def joined_report(reports: Sequence[Report]) -> Report:
+    """One report of several files: counts are added, notes name their file."""
+    found = Report(
+        ", ".join(report.path for report in reports),
+        ", ".join(dict.fromkeys(report.format for report in reports)),
+        "each file by its own columns",
+        **{name: sum(getattr(report, name) for report in reports) for name in _ADDED},
+        rejected=[one for report in reports for one in report.rejected],
+        longest_tokens=max(report.longest_tokens for report in reports),
+        notes=[f"{report.path}: {note}" for report in reports for note in report.notes],
+        preview=[report.preview[0] for report in reports if report.preview],
+    )
+    for report in reports:
+        for name, count in report.removed.items():
+            found.removed[name] = found.removed.get(name, 0) + count
+        for name, places in report.places.items():
+            found.places[name] = [*found.places.get(name, []), *places][:MAX_PLACES]
+    return found
 
 
 def show_sample(sample: Sample, tokenizer: Any) -> str:

@@ -10,15 +10,20 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from graft.data.cleaning import Cleaning
 from graft.data.config import DataConfig
 from graft.data.masking import Encoder
+from graft.data.mixing import Joined, Mixture, shares
 from graft.data.prepare import Dataset, count_samples, make_encoder, prepare
 from graft.data.quarantine import Quarantine
-from graft.data.report import MAX_PLACES, show_sample
+from graft.data.reading import num_rows
+from graft.data.report import Report, joined_report, show_sample
 from graft.data.samples import Sample
+from graft.data.shuffling import key_of
+from graft.data.shuffling import mixed as mixed_bits
 from graft.data.sources import Source
-from graft.data.store import chosen, figures_of
-from graft.errors import DataError
+from graft.data.store import chosen, figures_of, held, lengths_of
+from graft.errors import ConfigError, DataError
 
 
 class Read(Protocol):
@@ -31,6 +36,7 @@ class Read(Protocol):
         config: DataConfig,
         split: str = "train",
         quarantine: Quarantine | None = None,
+        cleaning: Cleaning | None = None,
     ) -> Dataset:
         """Read a source and encode it."""
         ...
@@ -43,6 +49,7 @@ def prepare_splits(
     seed: int = 0,
     read: Read = prepare,
     size: int = 1,
+    train_first: bool = False,
     given: Mapping[str, Source] | None = None,
     quarantine: Quarantine | None = None,
 ) -> tuple[Dataset, Dataset | None]:
@@ -50,10 +57,12 @@ def prepare_splits(
 
     Args:
         tokenizer: A fast tokenizer of transformers.
-        config: Must name `train`.
+        config: Must name `train`, or the files of `mix`.
         seed: Decides what `eval_fraction` holds out.
         read: What makes samples of a file.
         size: So many samples after one another belong together.
+        train_first: Whether the evaluation data can be read only after the training data, which then passes
+            by without being compared with it; equal samples are counted afterwards.
         given: Rows from Python as "train" and "eval", in the place of what the configuration names.
         quarantine: Receives each row that is left out under skip_invalid.
 
@@ -61,18 +70,77 @@ def prepare_splits(
         DataError: As `prepare`; or no training data is named.
         StorageError: A file cannot be read.
     """
-    if config.train is None:
+    if config.train is None and not config.mix:
         raise DataError("no training data is named", where="data.train", fix="give --data FILE or data.train")
-    encoder = make_encoder(tokenizer, config)
-    given = given or {}
-    train = read(given.get("train", config.train), encoder, config, "train", quarantine)
+    encoder, cleaning, given = make_encoder(tokenizer, config), Cleaning(config), given or {}
+
+    def held_out() -> Dataset:
+        assert config.eval is not None
+        return read(given.get("eval", config.eval), encoder, config, "eval", quarantine, cleaning)
+
+    # Training rows are compared with the evaluation data, which comes first where it can.
+    measured = None if train_first or config.eval is None else held_out()
+    if train_first:
+        _check_train_first(config)
+    if config.mix:
+        parts = {path: read(path, encoder, config, "train", quarantine, cleaning) for path in config.mix}
+        train = mixed(parts, config, seed=seed, size=size)
+    else:
+        source = given.get("train", str(config.train))
+        train = read(source, encoder, config, "train", quarantine, cleaning)
+    if measured is not None:
+        tell_overlap(measured.report, cleaning.num_eval)
+        return train, measured
     if config.eval is not None:
-        held_out = read(given.get("eval", config.eval), encoder, config, "eval", quarantine)
-        tell_overlap(train, held_out, encoder, size)
-        return train, held_out
+        measured = held_out()
+        tell_overlap(measured.report, count_overlap(train.samples, measured.samples, encoder, size))
+        return train, measured
     if config.eval_fraction:
         return split_eval(train, config.eval_fraction, seed, encoder, size=size)
     return train, None
+
+
+def _check_train_first(config: DataConfig) -> None:
+    usual = DataConfig()
+    for name in ("mix", "overlap", "overlap_by", "prompt_template"):
+        if getattr(config, name) != getattr(usual, name):
+            raise ConfigError(
+                f"data.{name} does not act on texts with a class", where=f"data.{name}", fix="leave it out"
+            )
+
+
+def mixed(parts: Mapping[str, Dataset], config: DataConfig, *, seed: int = 0, size: int = 1) -> Dataset:
+    """Several files as one data set whose epochs have the shares that the configuration asks for.
+
+    Args:
+        parts: Each file's own, by path.
+        config: Weights, unit and temperature.
+        seed: Decides the order.
+        size: So many samples after one another belong together.
+    """
+    lengths = {path: lengths_of(part.samples) for path, part in parts.items()}
+    sizes = {
+        path: int(tokens.sum()) if config.mix_by == "tokens" else tokens.size // size
+        for path, tokens in lengths.items()
+    }
+    wanted = shares(config.mix, sizes, config.mix_temperature)
+    mixture = Mixture(lengths, wanted, by=config.mix_by, seed=seed, shuffle=config.shuffle, size=size)
+    digest = hashlib.sha256()
+    for path, part in parts.items():
+        digest.update(f"{part.digest} {wanted[path]!r}\n".encode())
+    report = joined_report([part.report for part in parts.values()])
+    told = [f"mixture by {config.mix_by}: {source.describe()}" for source in mixture.sources()]
+    report.notes = told + report.notes
+    samples = Joined([held(part.samples) for part in parts.values()], mixture)
+    return Dataset(samples, report, digest.hexdigest())
+
+
+def tell_overlap(report: Report, count: int) -> None:
+    """Write into the report of the evaluation data how many of its rows are also in the training data."""
+    report.num_overlap = count
+    if count:
+        shared = f"{count:,} of {num_rows(report.num_used)}"
+        report.notes.append(f"{shared} {'is' if count == 1 else 'are'} also in the training data")
 
 
 def split_eval(
@@ -128,30 +196,15 @@ def _part(dataset: Dataset, wanted: NDArray[np.bool_], encoder: Encoder, size: i
     return replace(dataset, samples=samples, report=report)
 
 
-def tell_overlap(train: Dataset, held_out: Dataset, encoder: Encoder, size: int = 1) -> None:
-    """Write into the report of the evaluation data which of its samples are also in the training data."""
-    found = np.flatnonzero(overlapping(train.samples, held_out.samples, encoder, size))
-    report = held_out.report
-    report.num_overlap = len(found)
-    for index in found[:MAX_PLACES].tolist():
-        report.place("overlap", held_out.samples[size * index].where)
-    if len(found):
-        shared = f"{len(found)} of {len(held_out.samples) // size} samples"
-        report.notes.append(f"{shared} are also in the training data")
-
-
-def overlapping(
+def count_overlap(
     train: Sequence[Sample], held_out: Sequence[Sample], encoder: Encoder, size: int = 1
-) -> NDArray[np.bool_]:
-    """Of each unit of `size` samples of the second: whether it is, token by token, also in the first."""
+) -> int:
+    """Units of `size` samples of the second that are, token by token, also in the first."""
     known, asked = (_keys(samples, encoder, size) for samples in (train, held_out))
     # Most are told apart by the first 64 bits alone.
-    found = np.isin(asked[:, 0], known[:, 0])
-    alike = known[np.isin(known[:, 0], asked[found, 0])]
-    same = {row.tobytes() for row in alike}
-    for index in np.flatnonzero(found).tolist():
-        found[index] = asked[index].tobytes() in same
-    return found
+    maybe = asked[np.isin(asked[:, 0], known[:, 0])]
+    same = {row.tobytes() for row in known[np.isin(known[:, 0], maybe[:, 0])]}
+    return sum(row.tobytes() in same for row in maybe)
 
 
 def _keys(samples: Sequence[Sample], encoder: Encoder, size: int) -> NDArray[np.uint64]:
@@ -162,15 +215,7 @@ def _keys(samples: Sequence[Sample], encoder: Encoder, size: int) -> NDArray[np.
 
 def _ranks(keys: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
     """A number for each unit that follows from the seed and what it holds, and is as good as random."""
-    start = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "little")
-    mixed = np.full(len(keys), start, dtype=np.uint64)
+    ranks = np.full(len(keys), key_of("held out", seed), dtype=np.uint64)
     for word in keys.T:
-        mixed = _mixed(mixed ^ word)
-    return mixed
-
-
-def _mixed(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Every bit of the result hangs on every bit of the value (the finalizer of SplitMix64)."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+        ranks = mixed_bits(ranks ^ word)
+    return ranks

@@ -98,6 +98,31 @@ class Chosen(Held):
         return self._samples.figures()[self._indexes]
 
 
+class Listed(Held):
+    """A list of samples.
+
+    Args:
+        samples: All.
+    """
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._samples = samples
+        self.lengths = lengths_of(samples)
+
+    def sample(self, index: int) -> Sample:
+        """The sample at a place from 0 on."""
+        return self._samples[index]
+
+    def figures(self) -> NDArray[Any]:
+        """Of each sample its key, tokens, learned tokens and ends; 28 bytes each."""
+        return figures_of(self._samples, ())
+
+
+def held(samples: Sequence[Sample]) -> Held:
+    """The same samples with their figures at hand."""
+    return samples if isinstance(samples, Held) else Listed(samples)
+
+
 def chosen(samples: Sequence[Sample], indexes: NDArray[np.int64]) -> Sequence[Sample]:
     """Some of the samples, in the order of the indexes."""
     if isinstance(samples, Held):

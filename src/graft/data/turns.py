@@ -124,7 +124,7 @@ def _other(template: ChatTemplate, text: str, conversation: Conversation, index:
     Raises:
         DataError: The content does not come through the template as it is, or its end is not to be seen.
     """
-    found = findfind_contents(template, text, conversation, [index])
+    found = find_contents(template, text, conversation, [index])
     if not found:
         raise DataError(
             f"the turn of {conversation.messages[index]['role']!r} cannot be found in the rendered conversation",

@@ -135,7 +135,7 @@ def evaluate_file(
     if not rows:
         raise DataError("no row can be evaluated: there are no rows", where=str(path), fix="check the file")
     chat = bool(data.chat_template or tokenizer.chat_template)
-    detected = detect(rows, data.format)
+    detected = detect(rows, data.format, data.prompt_template)
     check_used(data.columns, detected.unused(rows[0]), detected.format, str(path))
     examples = list(_examples(rows, detected, chat, refuse))
     found = evaluate(

@@ -30,7 +30,7 @@ METHOD_RATES = {
 }
 """Learning rates of methods whose numbers have to move far; at LoRA's they hardly learn."""
 
-MAY_MOVE = ("output", "model.name", "data.train", "data.eval", "data.chat_template")
+MAY_MOVE = ("output", "model.name", "data.train", "data.mix", "data.eval", "data.chat_template")
 """Fields that say where something lies; what lies there is compared by digest."""
 
 WITHOUT_EFFECT = (

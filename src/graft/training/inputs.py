@@ -57,9 +57,13 @@ def rooted(config: RunConfig) -> RunConfig:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, name=rooted_name(config.model.name)),
-        data=dataclasses.replace(config.data, **places),
+        data=dataclasses.replace(config.data, **places, mix=_rooted_mix(config)),
         training=dataclasses.replace(config.training, **directories),
     )
+
+
+def _rooted_mix(config: RunConfig) -> dict[str, float | None]:
+    return {os.path.abspath(os.path.expanduser(path)): weight for path, weight in config.data.mix.items()}
 
 
 def check_places(config: RunConfig) -> None:
@@ -110,7 +114,7 @@ def prepare_data(
     Raises:
         ConfigError: There is no training data, or a setting has nothing to act on.
     """
-    if not config.data.train:
+    if not config.data.train and not config.data.mix:
         raise ConfigError(
             "no training data", where="data.train", fix="--data FILE, or data.train in the config"
         )
@@ -150,12 +154,19 @@ def _splits(
         read = ClassReader()
     elif config.training.loss != "cross_entropy":
         read = prepare_pairs
+        if config.data.prompt_template is not None:
+            raise ConfigError(
+                "data.prompt_template does not act on preferences",
+                where="data.prompt_template",
+                fix="write the prompts into the rows",
+            )
     return prepare_splits(
         tokenizer,
         config.data,
         seed=config.training.seed,
         read=read,
         size=2 if read is prepare_pairs else 1,
+        train_first=config.task == "classification",
         given=given,
         quarantine=quarantine,
     )

@@ -112,7 +112,7 @@ def test_overlap_between_training_and_evaluation_is_told(write: Any, tokenizer: 
     _, evaluation = prepare_splits(tokenizer, DataConfig(train=train, eval=held_out))
     assert evaluation is not None
     assert evaluation.report.num_overlap == 5
-    assert "5 of 15 samples are also in the training data" in evaluation.report.notes
+    assert "5 of 15 rows are also in the training data" in evaluation.report.notes
 
 
 def test_a_share_is_held_out_by_content(write: Any, tokenizer: Any) -> None:

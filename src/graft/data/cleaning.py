@@ -1,0 +1,223 @@
+"""What training rows pass through before they become tokens: odd rows, evaluation data, duplicates.
+
+Nothing is left out that the configuration does not name; what is found is counted and told with its places.
+The evaluation data is only looked at: what it measures stays what it was.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Protocol, TypeVar
+
+from graft.data.config import DataConfig
+from graft.data.content import Content
+from graft.data.duplicates import BATCH, Duplicates, Twin
+from graft.data.overlap import Overlap
+from graft.data.report import MAX_PLACES, Report
+from graft.data.sanity import Sanity
+from graft.errors import DataError
+
+T = TypeVar("T")
+
+
+class PassOn(Protocol):
+    """Passes rows on, or some of them."""
+
+    def __call__(self, items: Iterable[T], content: Callable[[T], Content], report: Report) -> Iterator[T]:
+        """See `Cleaning.keep`."""
+        ...
+
+
+class Cleaning:
+    """The filters of one run; files that are mixed share them, so that duplicates are found across files.
+
+    Args:
+        config: What is left out.
+
+    Attributes:
+        overlap: The evaluation data; None where there is none yet.
+        seen: Digests of the sources that went through, on which hangs what becomes of the next one.
+        num_eval: Evaluation rows that were found in the training data.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self._config = config
+        self._duplicates = Duplicates(
+            "near" if config.deduplicate == "near" else "exact", config.near_threshold
+        )
+        self.overlap: Overlap | None = None
+        self.seen: list[str] = []
+        self.num_eval = 0
+        self._passed_by: list[Callable[[], None]] = []
+
+    def pass_by(self, again: Callable[[], None], num_eval: int) -> None:
+        """A source did not go through, its tokens being kept from an earlier run.
+
+        Args:
+            again: Sends its rows through, where a later source has to be compared with them.
+            num_eval: What `num_eval` was after it then.
+        """
+        self._passed_by.append(again)
+        self.num_eval = num_eval
+
+    def catch_up(self) -> None:
+        """Send through what was passed by."""
+        passed_by, self._passed_by = self._passed_by, []
+        for again in passed_by:
+            again()
+
+    def pass_on(self, split: str) -> PassOn:
+        """What rows of a split go through: `keep` or `index`."""
+        return self.keep if split == "train" else self.index
+
+    def index(self, items: Iterable[T], content: Callable[[T], Content], report: Report) -> Iterator[T]:
+        """Pass evaluation rows on and remember them; what is odd is told in the report.
+
+        Args:
+            items: The rows.
+            content: What one says.
+            report: Gets places and notes after the last row.
+        """
+        overlap = self.overlap = Overlap(self._config.overlap_by, self._config.near_threshold)
+        sanity = Sanity(self._config.scripts)
+        for batch in _batches(items):
+            contents = list(map(content, batch))
+            overlap.add_contents(contents)
+            sanity.look(contents)
+            yield from batch
+        report.notes += sanity.told()
+        report.places |= {name: places for name, places in sanity.places.items() if places}
+
+    def keep(self, items: Iterable[T], content: Callable[[T], Content], report: Report) -> Iterator[T]:
+        """Pass on the training rows that stay.
+
+        Args:
+            items: The rows.
+            content: What one says.
+            report: Gets counts, places and notes after the last row.
+
+        Raises:
+            DataError: A row is in the evaluation data and that is an error; or no row stays.
+        """
+        sanity, found = Sanity(self._config.scripts), _Found()
+        before = self._duplicates.num_contradictions, len(self._duplicates.contradictions)
+        num_items = num_kept = 0
+        for batch in _batches(items):
+            stay = self._stay(batch, list(map(content, batch)), sanity, found)
+            num_items, num_kept = num_items + len(batch), num_kept + len(stay)
+            yield from stay
+        if self.overlap is not None:
+            self.num_eval = self.overlap.num_eval
+        self._tell(report, sanity, found)
+        self._tell_contradictions(report, *before)
+        if num_items and not num_kept and found.removed:
+            told = ", ".join(f"{count:,} {name}" for name, count in found.removed.items())
+            raise DataError(
+                f"no row is left after cleaning ({told})",
+                where=report.path,
+                fix="loosen data.deduplicate or data.drop",
+            )
+
+    def _stay(self, batch: list[T], contents: list[Content], sanity: Sanity, found: _Found) -> list[T]:
+        config = self._config
+        dropped = {*config.drop, *(["other_script"] if config.scripts else [])}
+        rows = []
+        for row, names in enumerate(sanity.look(contents)):
+            odd = [name for name in names if name in dropped]
+            if odd:
+                found.removed[odd[0]] += 1
+            else:
+                rows.append(row)
+        if self.overlap is not None:
+            twins = self.overlap.twins([contents[row] for row in rows])
+            rows = self._judge(rows, twins, contents, found, "overlap", drop=config.overlap == "drop")
+        twins = self._duplicates.twins([contents[row] for row in rows])
+        rows = self._judge(rows, twins, contents, found, "duplicate", drop=config.deduplicate != "no")
+        return [batch[row] for row in rows]
+
+    def _judge(
+        self,
+        rows: Sequence[int],
+        twins: Sequence[Twin | None],
+        contents: Sequence[Content],
+        found: _Found,
+        kind: str,
+        *,
+        drop: bool,
+    ) -> list[int]:
+        """Count rows that repeat others; those that stay.
+
+        Raises:
+            DataError: One is in the evaluation data and that is an error.
+        """
+        stay = []
+        for row, twin in zip(rows, twins, strict=True):
+            if twin is None:
+                stay.append(row)
+                continue
+            where = contents[row].where
+            if kind == "overlap" and self._config.overlap == "error":
+                raise DataError(
+                    f"the row is also in the evaluation data ({twin.where})",
+                    where=where,
+                    fix="remove it from one of them, or set data.overlap to drop",
+                )
+            name = "near_duplicate" if kind == "duplicate" and not twin.exact else kind
+            found.count(name, f"{where} = {twin.where}")
+            if drop:
+                found.removed[name] += 1
+            else:
+                stay.append(row)
+        return stay
+
+    def _tell(self, report: Report, sanity: Sanity, found: _Found) -> None:
+        config = self._config
+        report.removed |= dict(found.removed)
+        report.places |= found.places
+        report.places |= {name: places for name, places in sanity.places.items() if places}
+        report.notes += sanity.told({*config.drop, "other_script"})
+        words = {
+            "overlap": "are also in the evaluation data",
+            "duplicate": "say what an earlier one says",
+            "near_duplicate": "say nearly what an earlier one says",
+        }
+        for name, told in words.items():
+            if count := found.counts[name]:
+                done = "left out" if found.removed[name] else "not left out"
+                report.notes.append(
+                    f"{_rows(count)} that {told}: {done} (the first: {found.places[name][0]})"
+                )
+
+    def _tell_contradictions(self, report: Report, num_before: int, num_places: int) -> None:
+        if count := self._duplicates.num_contradictions - num_before:
+            places = self._duplicates.contradictions[num_places:]
+            report.places["contradiction"] = places
+            first = f" (the first: {places[0]})" if places else ""
+            report.notes.append(f"{_rows(count)} with the prompt of an earlier one and another answer{first}")
+
+
+class _Found:
+    """Rows that repeat others, by kind; and those that were left out, by reason."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.removed: Counter[str] = Counter()
+        self.places: dict[str, list[str]] = {}
+
+    def count(self, kind: str, places: str) -> None:
+        self.counts[kind] += 1
+        kept = self.places.setdefault(kind, [])
+        if len(kept) < MAX_PLACES:
+            kept.append(places)
+
+
+def _batches(items: Iterable[T]) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, BATCH)):
+        yield batch
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"
