@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from graft.data.check_facts import Facts, Packed, Place
 from graft.data.check_rows import Reread, reread, row_of
-from graft.data.check_tally import MOST_CHOSEN, MOST_MEASURED, MOST_PLACES, Progress, Tally, equal_places
+from graft.data.check_tally import MOST_CHOSEN, MOST_PLACES, Progress, Tally
 from graft.data.config import DataConfig
+from graft.data.findings import FINDINGS
 from graft.data.formats import CHAT_FORMATS
 from graft.data.loader import Kind, Loader
 from graft.data.masking import Encoder
 from graft.data.prepare import Dataset
+from graft.data.report import Report
 
 UNKNOWN_NOTE = "characters that the tokenizer does not know: "
 """How a report begins to tell of them."""
-OVERLONG = "max_length"
-"""What stands in the reason of every row that is left out for its length."""
+TOLD = {"duplicate": "duplicate", "near_duplicate": "near duplicate", "contradiction": "contradiction"}
+TOLD |= {"overlap": "overlap", **{name: name for name in FINDINGS}}
+"""Kinds of places of a report, and their names here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +69,18 @@ def examine(
         StorageError: The file cannot be read once more.
 
     Cost: one pass over the samples with 8 bytes for each, one more over the rows as far as the last place
-        that is shown, 2,000 rows at least; and once more the samples where equal ones are looked for.
+        that is shown, 2,000 rows at least.
     """
     report, kind = dataset.report, split.kind
-    tally = Tally(encoder, kind, report.path, progress)
+    places = _told_places(report, split)
+    wanted = {place.where for found in places.values() for place in found}
+    tally = Tally(encoder, kind, report.path, wanted, progress)
     tally.add_all(dataset.samples)
-    places = _places(dataset, tally, split)
-    too_long = {row_of(where) for where, why in report.rejected[:MOST_MEASURED] if OVERLONG in why}
+    places = {name: tuple(_indexed(place, tally, kind) for place in found) for name, found in places.items()}
+    places |= {name: tuple(found) for name, found in tally.places.items()}
+    too_long = {row_of(where) for where in report.places.get("dropped", ())}
     again = reread(
-        report.path,
-        "train" if split.name == "training" else "eval",
+        sources_of(config, split.name),
         config,
         encoder,
         kind,
@@ -86,7 +91,7 @@ def examine(
         split=split.name,
         path=report.path,
         kind=kind,
-        **_told(dataset, encoder, config, report.format in CHAT_FORMATS and encoder.has_template),
+        **_told(dataset, encoder, config, report.format),
         **tally.counts(),
         **_counted_again(again),
         asked_max_length=split.asked_max_length or config.max_length,
@@ -98,24 +103,41 @@ def examine(
     )
 
 
-def _places(dataset: Dataset, tally: Tally, split: Split) -> dict[str, tuple[Place, ...]]:
-    """The first places of each kind of problem that there is."""
-    report, size = dataset.report, 2 if split.kind == "pair" else 1
-    places = {"rejected": tuple(Place(where, why) for where, why in report.rejected[:MOST_PLACES])}
-    places |= {name: tuple(found) for name, found in tally.places.items()}
-    if report.num_duplicates:
-        places["duplicate"] = equal_places(dataset.samples, size=size)
-    if report.num_overlap and split.against is not None:
-        places["overlap"] = equal_places(dataset.samples, split.against.samples, size=size)
-    return {name: found for name, found in places.items() if found}
+def sources_of(config: DataConfig, split: str) -> list[tuple[str, str]]:
+    """The files of a split, each with the split that is read from it."""
+    if split == "evaluation" and config.eval is not None:
+        return [(config.eval, "eval")]
+    return [(path, "train") for path in (config.mix or [str(config.train)])]
 
 
-def _told(dataset: Dataset, encoder: Encoder, config: DataConfig, templated: bool) -> dict[str, Any]:
+def _told_places(report: Report, split: Split) -> dict[str, tuple[Place, ...]]:
+    """The first places of the kinds that a report tells of."""
+    found = {"rejected": tuple(Place(where, why) for where, why in report.rejected[:MOST_PLACES])}
+    for kind, name in TOLD.items():
+        pairs = [pair.partition(" = ") for pair in report.places.get(kind, ())[:MOST_PLACES]]
+        found[name] = tuple(Place(where, f"as {other}" if other else name) for where, _, other in pairs)
+    if split.name == "evaluation" and split.against is not None:
+        pairs = [pair.partition(" = ") for pair in split.against.report.places.get("overlap", ())]
+        earlier = {where: other for other, _, where in reversed(pairs)}
+        found["overlap"] = tuple(
+            Place(where, f"as {other}") for where, other in [*earlier.items()][:MOST_PLACES]
+        )
+    return {name: places for name, places in found.items() if places}
+
+
+def _indexed(place: Place, tally: Tally, kind: Kind) -> Place:
+    """A place with its sample, where it is certain which that is: rows of one line have one place."""
+    indexes = tally.indexes[place.where]
+    one = len(indexes) == (2 if kind == "pair" else 1)
+    return replace(place, index=indexes[0]) if one else place
+
+
+def _told(dataset: Dataset, encoder: Encoder, config: DataConfig, format: str) -> dict[str, Any]:
     """What the report says."""
     report = dataset.report
+    templated = format in CHAT_FORMATS and encoder.has_template
     unknown = next((note for note in report.notes if note.startswith(UNKNOWN_NOTE)), "")
     counts = Counter(sample.labels[-1] for sample in dataset.samples) if dataset.labels else Counter()
-    num_rejected = getattr(report, "num_rejected", len(report.rejected))
     return {
         "format": report.format,
         "reason": report.reason,
@@ -125,18 +147,27 @@ def _told(dataset: Dataset, encoder: Encoder, config: DataConfig, templated: boo
         "on_overlong": config.on_overlong,
         "max_length": config.max_length,
         "num_rows": report.num_rows,
-        "num_used": report.num_rows - num_rejected,
-        "num_rejected": num_rejected,
-        "num_dropped": sum(OVERLONG in why for _, why in report.rejected),
+        "num_used": report.num_used,
+        "num_rejected": report.num_rejected,
+        "num_dropped": report.num_dropped,
+        "removed": tuple(report.removed.items()),
+        "odd": tuple((name, len(report.places[name])) for name in FINDINGS if report.places.get(name)),
         "num_truncated": report.num_truncated,
         "num_split": report.num_split,
         "num_duplicates": report.num_duplicates,
-        "num_near": getattr(report, "num_near_duplicates", None),
+        "num_near": _near(report, config),
         "num_overlap": report.num_overlap,
         "unknown": unknown.removeprefix(UNKNOWN_NOTE),
         "classes": tuple((name, counts[number]) for number, name in enumerate(dataset.labels)),
         "notes": tuple(report.notes),
     }
+
+
+def _near(report: Report, config: DataConfig) -> int | None:
+    """Near duplicates that stayed; None where nothing looked for them."""
+    if config.deduplicate != "near":
+        return None
+    return max(len(report.places.get("near_duplicate", ())) - report.removed.get("near_duplicate", 0), 0)
 
 
 def _counted_again(again: Reread) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from graft.data.check_facts import Facts
+from graft.data.findings import FINDINGS
 
 NAMED = 3
 """First places that are named beside a count."""
@@ -31,8 +32,9 @@ def heading(facts: Facts) -> dict[str, str]:
     else:
         told["template"] = "none; the tokenizer has none"
     noun = "row" if facts.num_rows == 1 else "rows"
+    removed = "".join(f" + {count:,} {name.replace('_', ' ')}" for name, count in facts.removed)
     told["rows"] = (
-        f"{facts.num_rows:,} {noun} read = {facts.num_used:,} used + {facts.num_rejected:,} left out"
+        f"{facts.num_rows:,} {noun} read = {facts.num_used:,} used + {facts.num_rejected:,} left out{removed}"
     )
     if facts.classes:
         shown = ", ".join(f"{name} {count:,}" for name, count in facts.classes[:8])
@@ -96,7 +98,7 @@ def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
     yield ("steps of an epoch" if facts.split == "training" else "batches"), f"{packed.num_steps:,}"
 
 
-KINDS = {
+KINDS: dict[str, str] = {
     "rejected": "left out",
     "truncated": "truncated",
     "duplicate": "duplicates",
@@ -107,6 +109,8 @@ KINDS = {
     "no begin token": "no begin token",
     "control text": "spell a control token",
     "unknown": "unknown tokens",
+    "contradiction": "the prompt of an earlier row, another answer",
+    **FINDINGS,
 }
 """Kinds of places, in the order in which they are shown, and what they are called."""
 

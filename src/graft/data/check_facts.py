@@ -64,6 +64,8 @@ class Facts:
         max_length: Most tokens of a sample; `asked_max_length` before the model's context cut it.
         context: Tokens that the model can see, None where nothing bounds them.
         num_rows: Rows read: `num_used` and `num_rejected`, of which `num_dropped` only for their length.
+        removed: Rows that cleaning left out, by reason.
+        odd: Rows that cleaning tells of, by what is odd about them; at most a thousand each.
         num_samples: Samples; a preference has two.
         num_tokens: Tokens of all samples.
         num_labelled: Those that are learned.
@@ -109,6 +111,8 @@ class Facts:
     num_used: int = 0
     num_rejected: int = 0
     num_dropped: int = 0
+    removed: tuple[tuple[str, int], ...] = ()
+    odd: tuple[tuple[str, int], ...] = ()
     num_samples: int = 0
     num_tokens: int = 0
     num_labelled: int = 0
@@ -184,6 +188,8 @@ class Facts:
         return {
             **plain,
             "classes": dict(self.classes),
+            "removed": dict(self.removed),
+            "odd": dict(self.odd),
             "longest": self.longest,
             "labelled_share": self.labelled_share,
             "quantiles": {f"{share:g}": self.length_at(share) for share in (0.5, 0.9, 0.99, 1.0)},

@@ -6,6 +6,7 @@ import numpy as np
 
 from graft.data.check_facts import Facts, quantile
 from graft.data.config import DataConfig
+from graft.data.findings import FINDINGS
 from graft.data.formats import CHAT_FORMATS
 
 ROUND = 64
@@ -223,7 +224,7 @@ def overlap(facts: Facts, threshold: float) -> Told:
     return (
         f"{_of(facts.num_overlap, facts.num_units, 'samples')} are also in the training data",
         "the evaluation then measures memory, and looks better than the model is",
-        "remove them from one of the files, or hold out a share with data.eval_fraction",
+        "set data.overlap to drop: they are then left out of the training data",
     )
 
 
@@ -234,7 +235,7 @@ def duplicates(facts: Facts, threshold: float) -> Told:
     return (
         f"{_of(facts.num_duplicates, facts.num_units, 'samples')} are equal to an earlier one",
         "what is there twice is learned by heart sooner than the rest",
-        "remove them from the file",
+        "set data.deduplicate to exact: they are then left out",
     )
 
 
@@ -245,8 +246,18 @@ def near(facts: Facts, threshold: float) -> Told:
     return (
         f"{_of(facts.num_near, facts.num_units, 'samples')} are nearly equal to an earlier one",
         "what is there many times is learned by heart sooner than the rest",
-        "remove them from the file",
+        "set data.deduplicate to near: they are then left out",
     )
+
+
+def odd(facts: Facts, threshold: float) -> Told:
+    """Rows of which cleaning tells; of rows."""
+    found = [(name, count) for name, count in facts.odd if _above(count, facts.num_rows, threshold)]
+    if not found:
+        return None
+    told = "; ".join(f"{_of(count, facts.num_rows, 'rows')}: {FINDINGS[name]}" for name, count in found)
+    names = ", ".join(name for name, _ in found if name != "other_script")
+    return told, "the model learns to write like that", f"look at them; data.drop [{names}] leaves them out"
 
 
 def unknown(facts: Facts, threshold: float) -> Told:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -53,8 +53,7 @@ def row_of(place: str) -> str:
 
 
 def reread(
-    path: str,
-    split: str,
+    sources: Sequence[tuple[str, str]],
     config: DataConfig,
     encoder: Encoder,
     kind: str,
@@ -62,62 +61,78 @@ def reread(
     raw: set[str],
     measured: set[str],
 ) -> Reread:
-    """Read the rows of a file again, as far as is needed.
+    """Read the rows of files again, as far as is needed.
 
     Args:
-        path: The file or directory.
-        split: "train" or "eval".
-        config: As it was read before.
-        encoder: As it was encoded with.
+        sources: The files or directories, each with the split that is read of it: "train" or "eval".
+        config: As they were read before.
+        encoder: As they were encoded with.
         kind: "text", "pair" or "class".
         raw: Places whose raw rows are wanted.
         measured: Places of rows whose whole length in tokens is wanted.
 
     Raises:
-        StorageError: The file cannot be read.
+        StorageError: A file cannot be read.
     """
-    wanted = {row_of(place) for place in raw}
-    texts: dict[str, str] = {}
-    kept = _Kept(wanted, texts, measured)
-    rows = read_rows(path, split=split, on_invalid=kept.invalid)
-    limited = kept.watch(islice(rows, config.limit))
-    first = list(islice(limited, _FIRST))
-    examples = _reader(first, config, encoder, kind)
-    marked = _marks(encoder)
-    looked_at = templated = 0
-
-    def lengthy() -> Iterator[Example]:
-        nonlocal looked_at, templated
-        for row in chain(first, limited):
-            found = examples(row)
-            if looked_at < LOOKED_AT and found:
-                looked_at += 1
-                templated += is_templated(found[0], marked)
-            if row.where in measured:
-                yield from found
-            if kept.done and looked_at >= LOOKED_AT:
-                break
-
+    again = _Again(config, encoder, kind, _Kept({row_of(place) for place in raw}, measured), measured)
     whole = [
-        len(found[0].input_ids) - (kind == "class")  # texts with a class have no end token
-        for found in encoder.encode(lengthy(), _UNLIMITED)
+        len(found[0]) - (kind == "class")  # texts with a class have no end token
+        for found in encoder.encode(again.examples(sources), _UNLIMITED)
         if not isinstance(found, Rejected)
     ]
     if kind == "pair":  # a preference needs what its longer answer needs
         whole = [max(pair) for pair in zip(whole[0::2], whole[1::2], strict=False)]
     needed = tuple(length for length in whole if length > config.max_length)
-    return Reread(texts, needed, looked_at, templated, _unused(first, config, kind))
+    return Reread(again.kept.texts, needed, again.looked_at, again.templated, tuple(again.unused))
+
+
+class _Again:
+    """One more way through the rows, until everything that is wanted of them is known."""
+
+    def __init__(
+        self, config: DataConfig, encoder: Encoder, kind: str, kept: _Kept, measured: set[str]
+    ) -> None:
+        self._config, self._encoder, self._kind, self._measured = config, encoder, kind, measured
+        self._marked = _marks(encoder)
+        self.kept = kept
+        self.looked_at = self.templated = 0
+        self.unused: list[str] = []
+
+    def examples(self, sources: Sequence[tuple[str, str]]) -> Iterator[Example]:
+        """The examples of the rows that are measured; the others pass by."""
+        config = self._config
+        for path, split in sources:
+            rows = read_rows(path, split=split, on_invalid=self.kept.invalid, columns=config.columns)
+            limited = self.kept.watch(islice(rows, config.limit))
+            first = list(islice(limited, _FIRST))
+            if first:
+                yield from self._of(first, limited)
+
+    def _of(self, first: list[Row], rows: Iterator[Row]) -> Iterator[Example]:
+        kind, config = self._kind, self._config
+        detected = detect(first, config.format, config.prompt_template) if kind == "text" else None
+        self.unused += [name for name in _unused(first[0], kind, detected) if name not in self.unused]
+        for row in chain(first, rows):
+            found = _examples(row, kind, detected, self._encoder)
+            if self.looked_at < LOOKED_AT and found:
+                self.looked_at += 1
+                self.templated += is_templated(found[0], self._marked)
+            if row.where in self._measured:
+                yield from found
+            if self.kept.done and self.looked_at >= LOOKED_AT:
+                break
 
 
 class _Kept:
     """Keeps the raw text of wanted rows as they pass, and knows when all have passed."""
 
-    def __init__(self, wanted: set[str], texts: dict[str, str], measured: set[str]) -> None:
-        self._wanted, self._texts, self._left = wanted, texts, wanted | measured
+    def __init__(self, wanted: set[str], measured: set[str]) -> None:
+        self._wanted, self._left = wanted, wanted | measured
+        self.texts: dict[str, str] = {}
         self._last = ""
         self.done = False
 
-    def invalid(self, error: DataError, raw: str = "") -> None:
+    def invalid(self, error: DataError, raw: str) -> None:
         """Keep a row that cannot be read."""
         self._keep(row_of(error.where), raw)
 
@@ -132,8 +147,8 @@ class _Kept:
 
     def _keep(self, where: str, text: str) -> None:
         if where in self._wanted and text:
-            told = "(several rows have this place)" if where in self._texts else text[:MOST_CHARACTERS]
-            self._texts[where] = told
+            told = "(several rows have this place)" if where in self.texts else text[:MOST_CHARACTERS]
+            self.texts[where] = told
         self._left.discard(where)
 
 
@@ -141,38 +156,28 @@ def _raw(value: dict[str, Any] | str) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _reader(
-    first: list[Row], config: DataConfig, encoder: Encoder, kind: str
-) -> Callable[[Row], list[Example]]:
-    """What gives the examples of a row; none of one that is wrong."""
-    detected: Detected | None = None
-    if kind == "text" and first:
-        detected = detect(first, config.format)
-
-    def examples(row: Row) -> list[Example]:
-        try:
-            if kind == "pair":
-                read = read_preference(row, chat=encoder.has_template)
-                return [read.chosen, read.rejected]
-            if kind == "class":
-                text = row.value.get("text") if isinstance(row.value, dict) else None
-                return [Text(text, row.where)] if isinstance(text, str) else []
-            assert detected is not None
-            return [to_example(row, detected, chat=encoder.has_template)]
-        except DataError:
-            return []  # told by the report already, with its place
-
-    return examples
+def _examples(row: Row, kind: str, detected: Detected | None, encoder: Encoder) -> list[Example]:
+    """The examples of a row; none of one that is wrong, which is told by the report already."""
+    try:
+        if kind == "pair":
+            read = read_preference(row, chat=encoder.has_template)
+            return [read.chosen, read.rejected]
+        if kind == "class":
+            text = row.value.get("text") if isinstance(row.value, dict) else None
+            return [Text(text, row.where)] if isinstance(text, str) else []
+        assert detected is not None
+        return [to_example(row, detected, chat=encoder.has_template)]
+    except DataError:
+        return []
 
 
-def _unused(first: list[Row], config: DataConfig, kind: str) -> tuple[str, ...]:
-    if not first or isinstance(first[0].value, str):
-        return ()
-    if kind == "class":
-        return tuple(name for name in first[0].value if name not in ("text", "label"))
-    if kind == "pair":
-        return tuple(name for name in first[0].value if name not in KNOWN)
-    return tuple(detect(first, config.format).unused(first[0]))
+def _unused(row: Row, kind: str, detected: Detected | None) -> list[str]:
+    if isinstance(row.value, str):
+        return []
+    if detected is not None:
+        return detected.unused(row)
+    used = KNOWN if kind == "pair" else {"text", "label"}
+    return [name for name in row.value if name not in used]
 
 
 def _marks(encoder: Encoder) -> Callable[[str], bool]:

@@ -89,6 +89,7 @@ RULES: tuple[Rule, ...] = (
     Rule("dropped", "advice", 0.01, faults.dropped, "rejected"),
     Rule("duplicates", "advice", 0.01, faults.duplicates, "duplicate"),
     Rule("near_duplicates", "advice", 0.05, faults.near, "near duplicate"),
+    Rule("odd", "advice", 0.01, faults.odd),
     Rule("all_learned", "advice", 0.99, faults.all_learned),
     Rule("plain_rows", "advice", 0, faults.plain_rows),
     Rule("short_answers", "advice", 3, faults.short_answers),

@@ -65,7 +65,7 @@ def show(
 
     Cost: two decodings of a few tokens for each token.
     """
-    ids, learned = [int(id) for id in sample.input_ids], [label != IGNORED for label in sample.labels]
+    ids, learned = sample.input_ids, [label != IGNORED for label in sample.labels]
     flags = _flags(ids, learned, encoder)
     head = len(ids) if len(ids) <= most else most * 2 // 3
     tail = len(ids) if len(ids) <= most else len(ids) - (most - head)

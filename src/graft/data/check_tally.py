@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from graft.data.check_facts import Place
 from graft.data.loader import Kind
 from graft.data.masking import Encoder
-from graft.data.samples import CONTROL_AS_TEXT, IGNORED, SPLIT, TRUNCATED, Sample
+from graft.data.samples import CONTROL_AS_TEXT, SPLIT, TRUNCATED, Range, Sample
 
 MOST_PLACES = 50
 """Places that are kept of each kind of problem."""
@@ -35,22 +35,33 @@ class Tally:
         encoder: Knows the control tokens.
         kind: What the samples are.
         seed: Decides which samples are chosen at random.
+        wanted: Rows whose samples are looked up.
         progress: Told how many samples of how many are done.
+
+    Attributes:
+        indexes: The samples of the wanted rows.
+        truncated: The first rows that were truncated.
+        places: The first places of each kind of problem.
     """
 
     def __init__(
-        self, encoder: Encoder, kind: Kind, seed: str = "", progress: Progress | None = None
+        self,
+        encoder: Encoder,
+        kind: Kind,
+        seed: str = "",
+        wanted: Iterable[str] = (),
+        progress: Progress | None = None,
     ) -> None:
         text = encoder.text
         self._kind, self._seed, self._progress = kind, seed, progress
         self._bos = list(text.bos_ids)
-        self._controls = np.zeros(max([0, *text.control_ids, text.eos_id or 0]) + 1, dtype=bool)
-        self._controls[[*text.control_ids, *([] if text.eos_id is None else [text.eos_id])]] = True
+        self._controls = {*text.control_ids, text.eos_id}
         unknown, ends = encoder.tokenizer.unk_token_id, (text.eos_id, encoder.tokenizer.bos_token_id)
         self._unknown = -1 if unknown is None or unknown in ends else int(unknown)
         self._lengths = np.zeros(0, dtype=np.int32)
         self._labelled = np.zeros(0, dtype=np.int32)
         self._counts: Counter[str] = Counter()
+        self.indexes: dict[str, list[int]] = {where: [] for where in wanted}
         self.truncated: set[str] = set()
         self.places: dict[str, list[Place]] = defaultdict(list)
         self._cut: list[int] = []
@@ -65,9 +76,10 @@ class Tally:
                 self._progress(index, total)
 
     def _add(self, index: int, sample: Sample) -> None:
-        ids = np.asarray(sample.input_ids)
-        learned = np.asarray(sample.labels) != IGNORED
-        self._lengths[index], self._labelled[index] = len(ids), np.count_nonzero(learned)
+        ids, learned = sample.ids, sample.learned
+        self._lengths[index], self._labelled[index] = len(ids), sum(end - begin for begin, end in learned)
+        if sample.where in self.indexes:
+            self.indexes[sample.where].append(index)
         cut = TRUNCATED in sample.remarks
         if cut:
             self._note("truncated", index, sample, f"cut at {len(ids):,} tokens")
@@ -86,20 +98,22 @@ class Tally:
             self._counts["unknown tokens"] += lost
             self._note("unknown", index, sample, f"{lost} unknown token{'s' if lost > 1 else ''}")
 
-    def _has_end(self, ids: NDArray[Any], learned: NDArray[Any]) -> bool:
+    def _has_end(self, ids: NDArray[np.int32], learned: Sequence[Range]) -> bool:
         """Whether a learned part ends with a control token, perhaps a template's line end after it."""
-        ends = np.flatnonzero(learned & ~np.append(learned[1:], False))
-        near = np.unique(np.clip(ends[:, None] - np.arange(_CLOSING), 0, None))
-        closing = ids[near[learned[near]]]
-        return bool(self._controls[closing[closing < len(self._controls)]].any())
+        return any(
+            int(id) in self._controls
+            for begin, end in learned
+            for id in ids[max(begin, end - _CLOSING) : end]
+        )
 
     def _begin(self, index: int, sample: Sample) -> None:
         size = len(self._bos)
-        if list(sample.input_ids[:size]) != self._bos:
+        first = sample.ids[: 2 * size].tolist()
+        if first[:size] != self._bos:
             # A later piece of a split text begins in its middle.
             if SPLIT not in sample.remarks:
                 self._note("no begin token", index, sample, "begins without the begin token")
-        elif list(sample.input_ids[size : 2 * size]) == self._bos:
+        elif first[size:] == self._bos:
             self._note("begin token twice", index, sample, "begins with two begin tokens")
 
     def _note(self, name: str, index: int, sample: Sample, told: str) -> None:
@@ -158,38 +172,3 @@ def _least(values: NDArray[Any], few: int) -> list[int]:
     equal = np.flatnonzero(values == edge)[: few - len(below)]
     indexes = np.concatenate([below, equal])
     return [int(index) for index in indexes[np.argsort(values[indexes], kind="stable")]]
-
-
-def equal_places(
-    samples: Sequence[Sample], against: Sequence[Sample] | None = None, *, size: int = 1
-) -> tuple[Place, ...]:
-    """The first samples that are equal to an earlier one, or to one of other samples.
-
-    Args:
-        samples: Where to look.
-        against: Other samples to compare with, instead of the earlier ones.
-        size: So many samples after one another are one.
-
-    Cost: a number for each sample that was looked at.
-    """
-    known: dict[int, int] = {}
-    if against is not None:
-        for begin in range(0, len(against), size):
-            known.setdefault(hash(_content(against, begin, size)), begin)
-    found: list[Place] = []
-    for begin in range(0, len(samples), size):
-        content = _content(samples, begin, size)
-        number = hash(content)
-        earlier = known.setdefault(number, begin) if against is None else known.get(number, -1)
-        others = samples if against is None else against
-        same = earlier >= 0 and (against is not None or earlier != begin)
-        if same and _content(others, earlier, size) == content:
-            found.append(Place(samples[begin].where, f"equal to {others[earlier].where}", begin))
-        if len(found) == MOST_PLACES:
-            break
-    return tuple(found)
-
-
-def _content(samples: Sequence[Sample], begin: int, size: int) -> tuple[tuple[int, ...], ...]:
-    units = [samples[index] for index in range(begin, begin + size)]
-    return tuple(tuple(part) for sample in units for part in (sample.input_ids, sample.labels))

@@ -63,7 +63,7 @@ def _split(facts: Facts, data: Dataset, encoder: Encoder, tokens: int, character
         "packing": facts.packed is not None and facts.packed.packing,
         "samples": samples,
         "choices": [{"name": name, "items": list(items)} for name, items in facts.chosen.items()],
-        "rows": [[[index, len(data.samples[index].input_ids)] for index in row] for row in first],
+        "rows": [[[index, len(data.samples[index])] for index in row] for row in first],
         "problems": [*_problems(facts, characters)],
     }
 

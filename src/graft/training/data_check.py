@@ -107,7 +107,8 @@ def _prepared(
         return _both(config, text), config, None
     except DataError as error:
         length = "drop" if config.data.on_overlong == "error" else config.data.on_overlong
-        data = dataclasses.replace(config.data, skip_invalid=True, on_overlong=length)
+        overlap = "tell" if config.data.overlap == "error" else config.data.overlap
+        data = dataclasses.replace(config.data, skip_invalid=True, on_overlong=length, overlap=overlap)
         if data == config.data:
             raise
         lenient = dataclasses.replace(config, data=data)

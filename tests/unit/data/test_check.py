@@ -13,13 +13,13 @@ import pytest
 from graft.config import Settings, build
 from graft.data.check_rows import row_of, template_marks
 from graft.data.check_samples import CONTROL, END, LEARNED, show
-from graft.data.check_tally import MOST_PLACES, equal_places
 from graft.data.masking import Encoder
 from graft.data.samples import IGNORED, Sample
 from graft.training.config import RunConfig
 from graft.training.data_check import Checked, check_data
 
-WORDS = ("red", "green", "blue", "white", "black", "small", "large", "quick", "slow", "happy", "old", "new")
+BEGINS = ("be", "ca", "di", "fo", "gu", "la", "me", "ni", "po", "ru")
+WORDS = [begin + end for begin in BEGINS for end in ("ran", "sel", "tim", "von", "lus")]
 CHATML = (
     "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -112,7 +112,7 @@ def test_two_begin_tokens_and_none(check: Any, tmp_path: Path) -> None:
 
 
 def test_answers_without_a_learned_end(check: Any, tmp_path: Path) -> None:
-    found = check([*CLEAN[:59], chat(70, answer=said(70, 500))])
+    found = check([*CLEAN[:59], chat(70, answer=said(70 + 3000, 500))])
     facts = found.facts[0]
     assert (facts.num_truncated, facts.num_without_end, facts.num_cut_ends) == (1, 1, 1)
     assert rules(found) == []  # one in sixty is below the threshold
@@ -120,7 +120,7 @@ def test_answers_without_a_learned_end(check: Any, tmp_path: Path) -> None:
 
 
 def test_truncated_rows_and_the_length_that_keeps_them(check: Any) -> None:
-    rows = [*CLEAN, *(chat(n, answer=said(n, 4 * (n - 60))) for n in range(80, 120))]
+    rows = [*CLEAN, *(chat(n, answer=said(n + 3000, 2 * (n - 60))) for n in range(80, 120))]
     found = check(rows, **{"data.max_length": 128})
     assert rules(found) == ["truncated"]
     fix = found.findings[0].fix
@@ -132,7 +132,7 @@ def test_truncated_rows_and_the_length_that_keeps_them(check: Any) -> None:
 
 
 def test_rows_left_out_for_their_length(check: Any) -> None:
-    rows = [*CLEAN, *(chat(n, answer=said(n, 300)) for n in range(5))]
+    rows = [*CLEAN, *(chat(n, answer=said(n + 3000, 300)) for n in range(5))]
     found = check(rows, **{"data.on_overlong": "drop"})
     assert rules(found) == ["dropped"]
     facts = found.facts[0]
@@ -175,7 +175,7 @@ def test_rows_that_stop_a_run_are_shown_beside_the_rest(check: Any) -> None:
 
 def test_learned_shares(check: Any) -> None:
     assert rules(check(CLEAN, **{"data.loss_on": "all"})) == ["all_learned"]
-    long = [chat(n, user=said(n, 400), answer="x") for n in range(30)]
+    long = [chat(n, user=said(n, 120), answer="x") for n in range(30)]
     assert rules(check(long, **{"data.max_length": 512})) == ["little_learned", "short_answers"]
     short = [
         {"messages": chat(n)["messages"][:1] + [{"role": "assistant", "content": "x"}]} for n in range(60)
@@ -190,7 +190,7 @@ def test_columns_that_nothing_reads(check: Any) -> None:
 
 
 def test_no_packing_pads(check: Any) -> None:
-    rows = [chat(n, answer=said(n, 5 if n % 8 else 100)) for n in range(64)]
+    rows = [chat(n, answer=said(n + 3000, 5 if n % 8 else 60)) for n in range(64)]
     found = check(rows, **{"data.packing": False})
     assert rules(found) == ["padding"]
 
@@ -219,7 +219,7 @@ def test_classification_and_preferences_are_checked_as_their_runs_see_them(check
 
 
 def test_counts_are_those_of_the_samples(check: Any) -> None:
-    rows = [chat(n, answer=said(n, 1 + n)) for n in range(90)]
+    rows = [chat(n, answer=said(n + 3000, 1 + n)) for n in range(90)]
     found = check(rows)
     facts, samples = found.facts[0], found.datasets[0].samples
     lengths = [len(sample.input_ids) for sample in samples]
@@ -268,15 +268,6 @@ def test_a_sample_is_shown_token_by_token(check: Any) -> None:
     assert part.ids == (*sample.input_ids[:8], *sample.input_ids[-4:])
 
 
-def test_equal_samples_are_found_by_their_content_up_to_a_limit() -> None:
-    samples = [Sample([n % 3, 1], [IGNORED, 1], f"f:{n}") for n in range(200)]
-    found = equal_places(samples)
-    assert len(found) == MOST_PLACES
-    assert [place.where for place in found[:3]] == ["f:3", "f:4", "f:5"]
-    assert found[0].told == "equal to f:0"
-    assert not equal_places([Sample([1, 2], [IGNORED, 2]), Sample([1, 2], [IGNORED, IGNORED])])
-
-
 def test_a_place_leads_to_its_row() -> None:
     assert row_of("a/b.jsonl:7") == "a/b.jsonl:7"
     assert row_of("a/b.jsonl:7:15") == "a/b.jsonl:7"
@@ -293,3 +284,52 @@ def test_rows_of_one_line_are_not_mixed_up(check: Any, tmp_path: Path) -> None:
     facts = check_data(build(RunConfig, given)).facts[0]
     assert facts.num_duplicates == 1
     assert set(facts.raw.values()) == {"(several rows have this place)"}
+
+
+def test_split_texts_have_one_end_and_no_finding(check: Any) -> None:
+    found = check([{"text": said(n, 400)} for n in range(8)], **{"data.max_length": 128})
+    facts = found.facts[0]
+    assert facts.num_split == 8
+    assert facts.num_samples > 8
+    assert facts.num_without_end == 0
+    assert found.findings == ()
+
+
+def test_spaces_of_a_sentencepiece_tokenizer_are_kept(tinystories: Path) -> None:
+    from graft.data.formats import Pair
+    from graft.data.masking import encode
+    from graft.models.tokenizer import load_tokenizer
+
+    encoder = Encoder(load_tokenizer(str(tinystories)))
+    sample = encode(Pair("Once upon a time there was", " a little dog  who sat", "f:1"), encoder)
+    assert isinstance(sample, Sample)
+    whole = encoder.tokenizer.decode(sample.input_ids, clean_up_tokenization_spaces=False)
+    assert "".join(show(0, sample, encoder).pieces) == whole
+
+
+def test_the_raw_text_of_a_broken_row_is_kept(check: Any) -> None:
+    facts = check([*CLEAN, '{"messages": [broken']).facts[0]
+    assert facts.raw[f"{facts.path}:61"] == '{"messages": [broken'
+
+
+def test_cleaning_and_mixtures_are_seen(check: Any, tmp_path: Path) -> None:
+    rows = [*CLEAN, *CLEAN[:6], *(chat(n, answer="??!") for n in range(500, 504))]
+    found = check(rows, **{"data.deduplicate": "exact"})
+    facts = found.facts[0]
+    assert facts.removed == (("duplicate", 6),)
+    assert (facts.num_rows, facts.num_used, facts.num_duplicates) == (70, 64, 0)
+    assert [place.where.rpartition(":")[2] for place in facts.places["duplicate"]] == [
+        str(n) for n in range(61, 67)
+    ]
+    assert rules(found) == ["odd"]
+    assert facts.odd == (("blank_answer", 4),)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "\n".join(map(json.dumps, [chat(n, "", said(n + len(name) * 77)) for n in range(40)]))
+        )
+    given = Settings()
+    mix = {str(tmp_path / "one.jsonl"): 0.5, str(tmp_path / "two.jsonl"): 0.5}
+    for name, value in {"data.mix": mix, "data.max_length": 256}.items():
+        given.put(name, value, "the test")
+    mixed = check_data(build(RunConfig, given)).facts[0]
+    assert mixed.num_rows == mixed.num_looked_at == 80
