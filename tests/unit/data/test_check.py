@@ -200,6 +200,7 @@ def test_classification_and_preferences_are_checked_as_their_runs_see_them(check
     found = check(texts, task="classification", **{"data.max_length": 64})
     assert found.facts[0].kind == "class"
     assert found.facts[0].classes == (("even", 30), ("odd", 30))
+    assert found.facts[0].places == {}
     assert rules(found) == []
     rare = [{**row, "label": "odd" if n == 5 else "even"} for n, row in enumerate(texts)]
     assert rules(check(rare, task="classification", **{"data.max_length": 64})) == ["rare_class"]
