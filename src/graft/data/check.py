@@ -36,6 +36,7 @@ class Split:
         asked_max_length: Before the model's context cut it.
         context: Tokens that the model can see, None where nothing bounds them.
         error: Why the run stops at a row of this file; "" where it does not.
+        error_fix: What to do about it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Split:
     asked_max_length: int | None = None
     context: int | None = None
     error: str = ""
+    error_fix: str = ""
 
 
 def examine(
@@ -100,6 +102,7 @@ def examine(
         places=places,
         chosen=tally.chosen(),
         error=split.error,
+        error_fix=split.error_fix,
     )
 
 
@@ -118,7 +121,9 @@ def _told_places(report: Report, split: Split) -> dict[str, tuple[Place, ...]]:
         found[name] = tuple(Place(where, f"as {other}" if other else name) for where, _, other in pairs)
     if split.name == "evaluation" and split.against is not None:
         pairs = [pair.partition(" = ") for pair in split.against.report.places.get("overlap", ())]
-        earlier = {where: other for other, _, where in reversed(pairs)}
+        earlier: dict[str, str] = {}
+        for other, _, where in pairs:
+            earlier.setdefault(where, other)
         found["overlap"] = tuple(
             Place(where, f"as {other}") for where, other in [*earlier.items()][:MOST_PLACES]
         )

@@ -103,7 +103,7 @@ KINDS: dict[str, str] = {
     "truncated": "truncated",
     "duplicate": "duplicates",
     "near duplicate": "near duplicates",
-    "overlap": "also in the training data",
+    "overlap": "in the training and the evaluation data",
     "no end": "no end token is learned",
     "begin token twice": "two begin tokens",
     "no begin token": "no begin token",

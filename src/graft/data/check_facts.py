@@ -92,7 +92,7 @@ class Facts:
             labelled", "truncated".
         raw: The rows at places, as they stand in the file.
         notes: What the report tells besides.
-        error: Why a run with these settings stops at a row; "" where it does not.
+        error: Why a run with these settings stops at a row; "" where it does not; `error_fix` what to do then.
     """
 
     split: str
@@ -143,6 +143,7 @@ class Facts:
     raw: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     error: str = ""
+    error_fix: str = ""
 
     @property
     def num_units(self) -> int:

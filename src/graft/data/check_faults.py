@@ -46,7 +46,7 @@ def stops(facts: Facts, threshold: float) -> Told:
     return (
         f"the run stops at a row: {facts.error}{left}",
         "what is shown here is the file without these rows",
-        "correct the row, or set data.skip_invalid to leave such rows out",
+        facts.error_fix or "correct the row, or set data.skip_invalid to leave such rows out",
     )
 
 

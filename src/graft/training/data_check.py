@@ -87,7 +87,7 @@ def check_data(config: RunConfig, progress: Progress | None = None) -> Checked:
                     accumulation=config.training.gradient_accumulation_steps if split == "training" else 1,
                     asked_max_length=asked,
                     context=context_tokens(model_config),
-                    error=_of(error, data),
+                    **_of(error, data),
                 ),
                 progress(f"{split} data") if progress is not None else None,
             )
@@ -123,8 +123,8 @@ def _both(config: RunConfig, text: TextEncoder) -> tuple[Dataset, ...]:
     return (train,) if held_out is None else (train, held_out)
 
 
-def _of(error: DataError | None, data: Dataset) -> str:
+def _of(error: DataError | None, data: Dataset) -> dict[str, str]:
     """What stops the run, where it stands in this file."""
-    if error is None or not error.where.startswith(data.report.path):
-        return ""
-    return f"{error.where}: {error.what}"
+    if error is None or not error.where.startswith(tuple(data.report.path.split(", "))):
+        return {}
+    return {"error": f"{error.where}: {error.what}", "error_fix": error.fix}
