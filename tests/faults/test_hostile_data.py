@@ -356,7 +356,7 @@ MEANINGS: list[tuple[str, Any, str, str]] = [
     ("number-role", {"messages": [{"role": 3, "content": "x"}]}, "role 3 is not known", ":2, message 1"),
     ("null-content", turns("user", "assistant", content=None), "content must be text", ":2, message 1"),
     ("number-content", turns("user", "assistant", content=5), "content must be text", ":2, message 1"),
-    ("image-content", turns("user", content=[{"type": "image"}]), "else than text", ":2, message 1"),
+    ("sound-content", turns("user", content=[{"type": "audio"}]), "else than text", ":2, message 1"),
     ("text-message", {"messages": ["hello"]}, "must be an object", ":2, message 1"),
     ("many-turns", turns(*["user", "assistant"] * 500, "user"), "1,001 messages", ":2"),
     ("json-text", {"messages": json.dumps(TURNS)}, "no list of messages", ":2"),

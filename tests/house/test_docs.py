@@ -6,6 +6,7 @@ import dataclasses
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -43,15 +44,22 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line) for line in [*lines, *re.findall(r"`graft (\w+ [^`]*)`", text)]]
 
 
+def of_verb(group: Any, words: list[str]) -> tuple[Any, list[str]]:
+    """The verb that words name, perhaps one within another ("data check"), and the words after it."""
+    verb, *rest = words
+    assert verb in group.commands, verb
+    found = group.commands[verb]
+    return of_verb(found, rest) if hasattr(found, "commands") else (found, rest)
+
+
 @pages
 def test_commands_and_flags_exist(page: Path) -> None:
     from graft.cli.main import app
 
-    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    for verb, *words in commands(page.read_text()):
-        assert verb in known, verb
-        flags = {flag for parameter in known[verb].params for flag in parameter.opts}
-        assert {word for word in words if word.startswith("-")} <= {*flags, "--debug"}, (verb, words)
+    for given in commands(page.read_text()):
+        verb, words = of_verb(typer.main.get_command(app), given)
+        flags = {flag for parameter in verb.params for flag in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= {*flags, "--debug"}, given
 
 
 @pages
@@ -61,10 +69,10 @@ def test_command_lines_parse(page: Path) -> None:
 
     group = typer.main.get_command(app)
     for words in commands(page.read_text()):
-        verb = group.commands[words[0]]  # type: ignore[attr-defined]
-        given = verb.make_context(words[0], [word for word in words[1:] if word != "--debug"]).params
-        if words[0] == "train":
-            assert given["resume"] or given["data"] or given["config"], words
+        verb, rest = of_verb(group, words)
+        given = verb.make_context(words[0], [word for word in rest if word != "--debug"]).params
+        if words[0] in ("train", "data"):
+            assert given.get("resume") or given["data"] or given["config"], words
             if given["config"]:
                 assert (ROOT / given["config"]).is_file(), words
                 build(RunConfig, read_yaml(ROOT / given["config"]))

@@ -135,7 +135,7 @@ def test_readme_yaml_builds(tmp_path: Path) -> None:
 def test_readme_commands_are_known_to_the_command_line() -> None:
     from graft.cli.main import app
 
-    verbs = {command.name for command in app.registered_commands}
+    verbs = {command.name for command in [*app.registered_commands, *app.registered_groups]}
     text = (ROOT / "README.md").read_text()
     used = set(
         re.findall(r"^graft (\w+)", "\n".join(re.findall(r"```\n(.*?)```", text, re.DOTALL)), re.MULTILINE)
@@ -147,9 +147,12 @@ def test_readme_commands_are_known_to_the_command_line() -> None:
 def test_every_verb_has_an_example() -> None:
     from graft.cli.main import app
 
-    for command in app.registered_commands:
-        assert command.epilog is not None
-        assert command.epilog.startswith(f"Example: graft {command.name}"), command.name
+    groups = [("", app), *((f"{group.name} ", group.typer_instance) for group in app.registered_groups)]
+    for within, group in groups:
+        assert group is not None
+        for command in group.registered_commands:
+            assert command.epilog is not None
+            assert command.epilog.startswith(f"Example: graft {within}{command.name}"), command.name
 
 
 def test_no_forbidden_words_in_sources() -> None:

@@ -11,8 +11,8 @@ from graft.errors import ConfigError, GraftError
 
 
 def line(text: str = "") -> None:
-    """A line on stdout."""
-    sys.stdout.write(text + "\n")
+    """A line on stdout; half of a surrogate pair, which no output can hold, as its escape."""
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
     sys.stdout.flush()
 
 
@@ -48,6 +48,23 @@ def success(as_json: bool, fields: dict[str, Any], text: str) -> None:
         line(json.dumps({"ok": True, **_finite(fields)}, ensure_ascii=False))
     else:
         line(text)
+
+
+def verdict(as_json: bool, error: GraftError | None, fields: dict[str, Any], text: str) -> None:
+    """The answer of a verb that looks whether something will do.
+
+    Args:
+        as_json: Whether `--json` was given; the object then has `"ok"` and, where it will not do, `error`.
+        error: Why it will not do; None where it does.
+        fields: What the object says besides.
+        text: The same for people.
+    """
+    if error is None:
+        success(as_json, fields, text)
+        return
+    _given.append(True)
+    told = {"ok": False, "error": describe(error), **_finite(fields)}
+    line(json.dumps(told, ensure_ascii=False) if as_json else text)
 
 
 def failure(error: GraftError, as_json: bool) -> None:

@@ -18,6 +18,7 @@ from graft.cli import (
     answer,
     chat,
     compose,
+    data,
     demo,
     doctor,
     evaluate,
@@ -57,6 +58,7 @@ app.command("compose", epilog="Example: graft compose cat runs/a runs/b --weight
 app.command("quantize", epilog="Example: graft quantize builtin --quant-type nf4 --out base-nf4/")(
     quantize.quantize
 )
+app.add_typer(data.app, name="data")
 app.command("doctor", epilog="Example: graft doctor --json")(doctor.doctor)
 
 # typer carries its own copy of click in some versions; its public BadParameter leads to the right classes.

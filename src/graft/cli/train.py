@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -107,21 +107,52 @@ def train(
                 monitor.say(told)
             finished = go_on(resume, monitor, settings=changed, allow_changes=allow_changes or [])
     else:
-        settings = read_yaml(config) if config is not None else Settings()
-        flags = _flags(model, data, eval_data, method or (None if config else "lora"), out)
-        for section in sorted(_sections(settings) & UNWANTED.get(method or "", set())):
-            settings.notes.append(f"--method {method}: the {section} section of {config} is left out")
-        if method == "qlora" and _sections(settings) & {"quantization"}:
-            del flags.values["quantization.quant_type"]  # the file says which
-        for name, value in (("task", task), ("preset", preset)):
-            if value is not None:
-                flags.put(name, value, f"--{name}")
-        settings.update(flags)
-        assigned = read_assignments(assignments or [])
-        _check_method(method, assigned)
-        settings.update(assigned)
+        settings = settings_of(
+            config,
+            model=model,
+            data=data,
+            eval_data=eval_data,
+            method=method,
+            out=out,
+            task=task,
+            preset=preset,
+            assignments=assignments or [],
+        )
         finished = _start(settings, quiet, watch)
     _tell(finished, as_json)
+
+
+def settings_of(
+    config: Path | None,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    eval_data: str | None = None,
+    method: str | None = None,
+    out: str | None = None,
+    task: str | None = None,
+    preset: str | None = None,
+    assignments: Sequence[str] = (),
+) -> Settings:
+    """The settings of a run: a file's, over them those of flags, over these those of --set.
+
+    Raises:
+        ConfigError: The file is no YAML, or a flag contradicts another.
+    """
+    settings = read_yaml(config) if config is not None else Settings()
+    flags = _flags(model, data, eval_data, method or (None if config else "lora"), out)
+    for section in sorted(_sections(settings) & UNWANTED.get(method or "", set())):
+        settings.notes.append(f"--method {method}: the {section} section of {config} is left out")
+    if method == "qlora" and _sections(settings) & {"quantization"}:
+        del flags.values["quantization.quant_type"]  # the file says which
+    for name, value in (("task", task), ("preset", preset)):
+        if value is not None:
+            flags.put(name, value, f"--{name}")
+    settings.update(flags)
+    assigned = read_assignments(assignments)
+    _check_method(method, assigned)
+    settings.update(assigned)
+    return settings
 
 
 def _start(settings: Settings, quiet: bool, watch: int | None) -> Run:

@@ -40,7 +40,8 @@ PLAIN, CHAT = "preference", "preference_chat"
 
 ANSWERS = ("chosen", "rejected")
 _HISTORIES = ("conversations", "conversation", "messages", "prompt")
-_KNOWN = {*ANSWERS, *_HISTORIES, *PROMPTS, "instruction", "system", "history", "tools"}
+KNOWN = {*ANSWERS, *_HISTORIES, *PROMPTS, "instruction", "system", "history", "tools"}
+"""Columns that have a part in a preference."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def prepare_pairs(
         refuse_all(report)
     count_samples(samples, encoder, report, size=2)
     assert isinstance(rows[0].value, dict)
-    unused = [name for name in rows[0].value if name not in _KNOWN]
+    unused = [name for name in rows[0].value if name not in KNOWN]
     check_used(config.columns, unused, "preferences", report.path)
     if unused:
         report.notes.append(f"columns that are not used: {', '.join(unused)}")

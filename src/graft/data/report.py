@@ -28,6 +28,7 @@ class Report:
         num_samples: Samples; more than num_used where long texts were split.
         rejected: Rows that gave none, and why; the first 1,000.
         num_rejected: How many there are: num_rows is num_used and these.
+        num_dropped: Those of them that are left out only for their length.
         num_tokens: Tokens of all samples.
         num_labelled_tokens: Tokens that are learned.
         num_end_tokens: Learned tokens that end an answer or a text.
@@ -51,6 +52,7 @@ class Report:
     num_samples: int = 0
     rejected: list[tuple[str, str]] = field(default_factory=list)
     num_rejected: int = 0
+    num_dropped: int = 0
     num_tokens: int = 0
     num_labelled_tokens: int = 0
     num_end_tokens: int = 0
@@ -67,6 +69,7 @@ class Report:
     def reject(self, where: str, reason: str, *, overlong: bool = False) -> None:
         """Count a row that gave no sample."""
         self.num_rejected += 1
+        self.num_dropped += overlong
         if len(self.rejected) < MAX_PLACES:
             self.rejected.append((where, reason))
         self.place("dropped" if overlong else "rejected", where)

@@ -16,6 +16,9 @@ from graft.files import write_text
 NUM_COLOURS = 8
 """Colours of the page, `--s0` to `--s7`; runs beyond that share them."""
 
+UNPLOTTED = ("check",)
+"""Scripts of the page that draw no chart."""
+
 # A page under this policy fetches nothing and sends nothing, whatever text is in it.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
@@ -211,21 +214,26 @@ def render(sections: Sequence[Section], *, title: str, subtitle: str = "", polic
     """The page that `write_report` writes, as a string.
 
     Args:
-        sections: Its parts; one that needs scripts of the page names them in its attribute `scripts`.
+        sections: Its parts; one that needs scripts or styles of the page names them in its attributes
+            `scripts` and `styles`.
         title: Heading of the page.
         subtitle: A line below the heading.
         policy: What the page may fetch.
     """
-    scripts = list(dict.fromkeys(name for section in sections for name in getattr(section, "scripts", ())))
-    style = (_asset("vendor/uplot/uPlot.min.css") if scripts else "") + _asset("page/report.css")
+    scripts, styles = (
+        list(dict.fromkeys(name for section in sections for name in getattr(section, kind, ())))
+        for kind in ("scripts", "styles")
+    )
+    plotted = any(name not in UNPLOTTED for name in scripts)
+    style = (_asset("vendor/uplot/uPlot.min.css") if plotted else "") + _asset("page/report.css")
+    style += "".join(_asset(f"page/{name}.css") for name in (["run"] if "heat" in scripts else styles))
     script = ""
-    if "heat" in scripts:
-        style += _asset("page/run.css")
     if scripts:
-        code = "\n".join(
-            [_asset("vendor/uplot/uPlot.iife.min.js"), *(_asset(f"page/{n}.js") for n in scripts)]
-        )
-        script = f"<!-- uPlot, MIT licence:\n{_asset('vendor/uplot/LICENSE')}--><script>{code}</script>"
+        code = "\n".join(_asset(f"page/{name}.js") for name in scripts)
+        if plotted:
+            script = f"<!-- uPlot, MIT licence:\n{_asset('vendor/uplot/LICENSE')}-->"
+            code = f"{_asset('vendor/uplot/uPlot.iife.min.js')}\n{code}"
+        script += f"<script>{code}</script>"
     under = f"<p>{escape(subtitle)}</p>" if subtitle else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -150,7 +150,11 @@ def learning_rate(config: TrainingConfig, adapter: Adapter | None) -> tuple[floa
 
 def make_loader(data: Dataset, config: RunConfig, base: BaseModel, *, train: bool) -> Loader:
     """Batches of the training data, or of the evaluation data, which keep their order."""
-    tokenizer = base.tokenizer
+    return loader_of(data, config, base.tokenizer, train=train)
+
+
+def loader_of(data: Dataset, config: RunConfig, tokenizer: Any, *, train: bool) -> Loader:
+    """The same with the tokenizer alone, before there is a model."""
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     loader = Loader(
         data.samples,
