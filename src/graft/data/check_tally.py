@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graft.data.check_facts import Place
-from graft.data.loader import Kind
 from graft.data.masking import Encoder
-from graft.data.samples import CONTROL_AS_TEXT, SPLIT, TRUNCATED, Range, Sample
+from graft.data.samples import CONTROL_AS_TEXT, SPLIT, TRUNCATED, Kind, Range, Sample
 
 MOST_PLACES = 50
 """Places that are kept of each kind of problem."""
