@@ -41,7 +41,7 @@ def content_of(example: Example) -> Content:
 
     Cost: 10 microseconds for a short row.
     """
-    digest = _digest([type(example).__name__, *(getattr(example, name) for name in _said(example.__class__))])
+    digest = _digest([type(example).__name__, *(getattr(example, name) for name in _said(type(example)))])
     if isinstance(example, Pair):
         prompt = _digest(["prompt", example.prompt])
         return Content(example.where, digest, prompt, example.prompt, example.completion)
