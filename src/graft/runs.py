@@ -6,7 +6,7 @@ runs/first/
     timings.jsonl     speed and memory of each logged step; differs from run to run
     spectra.jsonl     singular values of the adapter's updates, now and then; the same bytes for the same run
     audit.json        what the audit of the first steps saw
-    quarantine.jsonl  rows that data.skip_invalid left out, each with its place and reason; only where there are any
+    quarantine.jsonl  rows that data.skip_invalid left out, with places and reasons; only where there are any
     splits.json       from which steps on memory allowed fewer rows at a time; only where it ran out
     checkpoints/step-NNNNNN/
     adapter/          the result: a PEFT adapter directory (or model/ after full fine-tuning)

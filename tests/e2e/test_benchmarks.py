@@ -74,3 +74,13 @@ def test_quantizing_afterwards_and_in_training_are_compared(shared: Path) -> Non
     told = run("qat.py", "--small")
     assert "lora, nf4: " in told
     assert "qat, nf4: " in told
+
+
+def test_duplicates_are_found_beside_peers(shared: Path, tmp_path: Path) -> None:
+    texts = str(shared / "datasets" / "instruct" / "alpaca_en_demo.json")
+    told = run(
+        *("data_duplicates.py", "--rows", "2000", "--sample", "500", "--texts", texts, "--out", str(tmp_path))
+    )
+    assert "num_exact" in told
+    assert "recall" in told
+    assert (tmp_path / "data_duplicates.json").is_file()

@@ -96,7 +96,7 @@ def _within(verb: str, assignments: Settings) -> Settings:
         return assignments
     inner = Settings()
     for path, value in assignments.values.items():
-        assert path.removeprefix("data.") in FIELDS, path
+        assert path.removeprefix("data.").partition(".")[0] in FIELDS, path
         inner.put(path.removeprefix("data."), value, "--set")
     return inner
 

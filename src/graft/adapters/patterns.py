@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import regex
+import regex  # type: ignore[import-untyped]
 
 from graft.errors import TargetError
 

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 FIELDS = (
     *("format", "limit", "max_length", "on_overlong", "loss_on", "chat_template", "skip_invalid"),
-    "columns",
-    "prompt_template",
+    *("columns", "prompt_template", "train_on_roles", "train_on_last_turn"),
 )
 """Fields of the data section that act on an evaluation."""
 

@@ -9,6 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from graft.data.compressed import open_ordinary
 from graft.data.rows import Refuse, Row, check_text
 from graft.errors import DataError, StorageError
 from graft.files import read_json
@@ -20,8 +21,8 @@ BATCH_ROWS = 1024
 def read_parquet(path: Path, refuse: Refuse) -> Iterator[Row]:
     """Read a .parquet file.
 
-    Texts, numbers, lists and objects are what they are in JSON; dates, times and decimal numbers become texts;
-    binary columns stay bytes, which no text column may be.
+    Texts, numbers, lists and objects are what they are in JSON; dates, times and decimal numbers become
+    texts; binary columns stay bytes, which no text column may be.
 
     Args:
         path: The file.
@@ -114,9 +115,9 @@ def _pyarrow(path: Path) -> Any:
 
 @contextmanager
 def _reading(path: Path, pyarrow: Any) -> Iterator[None]:
-    """Tell errors of pyarrow as errors of the file."""
+    # Tells errors of pyarrow as errors of the file.
     try:
-        with open(path, "rb"):  # pyarrow's own message for a file that may not be read is no use
+        with open(path, "rb", opener=open_ordinary):  # pyarrow would wait for a pipe
             pass
         yield
     except pyarrow.ArrowException as error:

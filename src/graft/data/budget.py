@@ -229,7 +229,7 @@ def replaced(meter: Meter, text: Any, old: Any, new: Any) -> None:
     if not (isinstance(text, str | bytes) and isinstance(old, type(text)) and isinstance(new, type(text))):
         meter.charge(_ITEM)
         return
-    times = text.count(old) if old else len(text) + 1
+    times = text.count(old) if old else len(text) + 1  # type: ignore[arg-type]
     meter.charge(_ITEM + len(text) + times * len(new))
 
 

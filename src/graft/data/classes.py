@@ -19,8 +19,8 @@ from graft.data.examples import Pair, column_text
 from graft.data.masking import Encoder
 from graft.data.prepare import Dataset, count_samples, make_encoder
 from graft.data.quarantine import Quarantine
-from graft.data.reading import LeftOut, num_rows, read_file, refuse_all
-from graft.data.report import Report
+from graft.data.reading import LeftOut, read_file, refuse_all
+from graft.data.report import Report, num_rows
 from graft.data.samples import IGNORED, Sample
 from graft.data.sources import Row, Source
 from graft.data.tokens import private_character
@@ -32,6 +32,7 @@ FORMAT = "classification"
 MAX_LABELS = 1000
 """More different labels than this are taken for free text."""
 
+CUT_LEFT = "cut at max_length, so that the begin of the text is not seen"
 CUT = "cut at max_length, so that the end of the text is not seen"
 
 
@@ -59,7 +60,7 @@ class ClassReader:
         Args:
             source: A file, a directory, a data set of the hub, or rows from Python.
             tokenizer: A fast tokenizer of transformers, or an `Encoder`.
-            config: `on_overlong` cuts the end of a text, drops the row, or is an error.
+            config: `on_overlong` cuts the end or the begin of a text, drops the row, or is an error.
             split: "train" or "eval".
             quarantine: Receives each row that is left out under skip_invalid.
             cleaning: As of `prepare`.
@@ -69,6 +70,7 @@ class ClassReader:
                 training data, or there are fewer than two; names file and line.
             StorageError: The file cannot be read.
         """
+        config.refuse_turns("a text with a class has no turns")
         encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
         rows, reading = read_file(source, config, split, encoder, quarantine)
         report = reading.report
@@ -128,10 +130,10 @@ class ClassReader:
                     overlong = DataError(reason, where=row.where, fix=fix)
                     left_out.add(overlong, row, invalid=False, overlong=True)
                     continue
-                ids, remarks = ids[: config.max_length], (CUT,)
+                ids, remarks = _cut(ids, len(encoder.text.bos_ids), config)
             classes = [IGNORED] * (len(ids) - 1) + [numbers[label]]
             samples.append(Sample(ids, classes, row.where, remarks))
-        left_out.report.num_truncated = sum(CUT in sample.remarks for sample in samples)
+        left_out.report.num_truncated = sum(bool(sample.remarks) for sample in samples)
         return samples
 
     def _note(
@@ -146,7 +148,8 @@ class ClassReader:
         shown = ", ".join(f"{self.labels[number]} {count:,}" for number, count in sorted(counts.items())[:20])
         report.notes.append(f"{len(self.labels)} labels: {shown}{', ...' if len(counts) > 20 else ''}")
         if report.num_truncated:
-            report.notes.append(f"{num_rows(report.num_truncated)} {CUT}")
+            cut = next(sample.remarks[0] for sample in samples if sample.remarks)
+            report.notes.append(f"{num_rows(report.num_truncated)} {cut}")
         told = {text: label for _, text, label in good}
         if torn := len({text for _, text, label in good if told[text] != label}):
             report.notes.append(f"{torn} texts stand there under two labels or more")
@@ -164,6 +167,12 @@ class ClassReader:
 def _content(checked: tuple[Row, str, str]) -> Content:
     row, text, label = checked
     return content_of(Pair(text, label, row.where))
+
+
+def _cut(ids: list[int], head: int, config: DataConfig) -> tuple[list[int], tuple[str, ...]]:
+    if config.on_overlong == "truncate_left":
+        return [*ids[:head], *ids[len(ids) - config.max_length + head :]], (CUT_LEFT,)
+    return ids[: config.max_length], (CUT,)
 
 
 def label_of(row: Row) -> str:

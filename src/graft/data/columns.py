@@ -76,7 +76,8 @@ def renamed(rows: Iterable[Row], columns: Mapping[str, str], where: str, refuse:
         yield Row(found | {name: cell for name, cell in value.items() if name not in taken}, row.where)
     for part, column in unseen.items():
         if names:
-            raise _absent(part, column, names, where)
+            error = _absent(part, column, names, where)
+            raise error
 
 
 def check_used(columns: Mapping[str, str], unused: Iterable[str], format: str, where: str) -> None:
@@ -94,7 +95,7 @@ def check_used(columns: Mapping[str, str], unused: Iterable[str], format: str, w
     part = next((part for part in unused if part in columns), None)
     if part is not None:
         raise DataError(
-            f"data.columns gives {part!r} (column {columns[part]!r}), which rows taken for {format} do not have",
+            f"data.columns gives {part!r} (column {columns[part]!r}), which {format} rows do not have",
             where=where,
             fix="name the format with data.format, or take the part out of data.columns",
         )

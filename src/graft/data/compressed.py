@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from graft.errors import DataError, StorageError
 
-BUFFER_BYTES = 1 << 20
+BUFFER_BYTES = 1 << 18
 _BEGIN_BYTES = 8
 _MARK = b"\xef\xbb\xbf"
 _FOREIGN = (
@@ -32,7 +32,7 @@ _FOREIGN = (
     (b"\xfe\xff", "UTF-16", "save it as UTF-8"),
 )
 
-_WIDE = {
+_WIDE: dict[tuple[bool, ...], str] = {
     (False, True, False, True): "UTF-16",
     (True, False, True, False): "UTF-16",
     (False, True, True, True): "UTF-32",
@@ -59,13 +59,12 @@ def open_bytes(path: Path) -> io.BufferedReader:
     Cost: a fixed buffer, however much a packed file unpacks to.
     """
     try:
-        file = open(path, "rb", buffering=BUFFER_BYTES, opener=_open_ordinary)
+        plain = open(path, "rb", buffering=BUFFER_BYTES, opener=open_ordinary)  # noqa: SIM115 - the caller's
     except OSError as error:
         raise StorageError(
             f"cannot be read: {error.strerror}", where=str(path), fix="check the path"
         ) from error
-    if is_gzip(path):
-        file = io.BufferedReader(_Unpacked(file, path), BUFFER_BYTES)
+    file: Any = io.BufferedReader(_Unpacked(plain, path), BUFFER_BYTES) if is_gzip(path) else plain
     with contextlib.ExitStack() as stack:
         stack.push(file)
         begin = file.peek(_BEGIN_BYTES)[:_BEGIN_BYTES]
@@ -73,7 +72,8 @@ def open_bytes(path: Path) -> io.BufferedReader:
         if begin.startswith(_MARK):
             file.read(len(_MARK))
         stack.pop_all()
-    return file
+    opened: io.BufferedReader = file
+    return opened
 
 
 def open_text(path: Path) -> io.TextIOWrapper:
@@ -89,7 +89,12 @@ def open_text(path: Path) -> io.TextIOWrapper:
     return io.TextIOWrapper(open_bytes(path), encoding="utf-8", errors="surrogateescape", newline=None)
 
 
-def _open_ordinary(path: str, flags: int) -> int:
+def open_ordinary(path: str, flags: int) -> int:
+    """An opener for `open` that takes ordinary files only, and waits for nobody.
+
+    Raises:
+        DataError: It is a directory, a pipe, a socket or a device.
+    """
     # O_NONBLOCK: opening a named pipe would wait for its writer, perhaps for ever.
     handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     mode = os.fstat(handle).st_mode

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from graft.config import did_you_mean
+from graft.config import closest, did_you_mean
 from graft.data.columns import check_parts
+from graft.data.examples import ROLES
 from graft.data.findings import SCRIPTS, Finding
 from graft.data.prompts import FORMATS, PromptTemplate
 from graft.errors import ConfigError
@@ -23,8 +24,8 @@ class DataConfig:
     """
 
     train: str | None = None
-    """Training data: a .jsonl, .json, .csv, .tsv, .txt (each also .gz), .parquet or .arrow file, a directory with
-    a train file, or "hub:owner/name"."""
+    """Training data: a .jsonl, .json, .csv, .tsv, .txt (each also .gz), .parquet or .arrow file, a directory
+    with a train file, or "hub:owner/name"."""
     eval: str | None = None
     """Evaluation data, same kinds; rows that are also in the training data are counted and told."""
     format: Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt", "mixed"] = "auto"
@@ -41,14 +42,15 @@ class DataConfig:
     """Share of the training samples held out for evaluation when no `eval` is given."""
     shuffle: bool = True
     """Draw the samples in a new order each epoch; the order follows from the seed."""
-    on_overlong: Literal["truncate", "drop", "error"] = "truncate"
-    """What happens to a row of more than max_length tokens; a plain text is split into pieces instead."""
+    on_overlong: Literal["truncate", "truncate_left", "split", "drop", "error"] = "truncate"
+    """What happens to a row of more than max_length tokens: its end is cut away; or the begin of its prompt and
+    its oldest exchanges; or it becomes several conversations; a plain text is split into pieces instead."""
     skip_invalid: bool = False
-    """Leave out rows that cannot be used, writing each to quarantine.jsonl, instead of stopping at the first."""
+    """Leave out rows that cannot be used, each into quarantine.jsonl, instead of stopping at the first."""
     limit: int | None = None
     """Use only the first rows of each file, this many."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """The file's column for each part that is called otherwise there: {prompt: question, completion: answer}."""
+    """The file's column for each part that has another name there: {prompt: question, completion: answer}."""
 
     workers: int = 1
     """Threads that make batches ahead of the step that uses them; 0 makes each when it is wanted."""
@@ -78,6 +80,10 @@ class DataConfig:
     repetitive, few_letters, mojibake, placeholder."""
     scripts: tuple[str, ...] = ()
     """Leave out training rows that are mainly in another script than these: [Latin], [Han, Latin]."""
+    train_on_roles: tuple[str, ...] = ("assistant",)
+    """Roles of conversations whose messages are learned; a message's own "train": true or false comes first."""
+    train_on_last_turn: bool = False
+    """Learn only the last of these messages of each conversation."""
 
     def __post_init__(self) -> None:
         check_parts(self.columns)
@@ -105,6 +111,7 @@ class DataConfig:
                 where="data.workers",
                 fix="1 is enough on most machines",
             )
+        self._check_roles()
         if self.limit is not None and self.limit < 1:
             raise ConfigError(
                 f"limit must be at least 1 row, got {self.limit}",
@@ -187,6 +194,48 @@ class DataConfig:
             raise ConfigError(
                 f"no script is called {unknown!r}", where="data.scripts", fix=did_you_mean(unknown, SCRIPTS)
             )
+
+    def _check_roles(self) -> None:
+        for role in self.train_on_roles:
+            if role not in ROLES:
+                near = closest(role, ROLES)
+                raise ConfigError(
+                    f"train_on_roles has {role!r}, which is no role; roles are {', '.join(ROLES)}",
+                    where="data.train_on_roles",
+                    fix=f"did you mean {near!r}?" if near else "assistant is usual",
+                )
+        if not self.train_on_roles:
+            raise ConfigError(
+                "train_on_roles is empty: nothing would be learned",
+                where="data.train_on_roles",
+                fix="leave it out to learn the assistant's messages",
+            )
+        if self.loss_on == "all" and (self.train_on_roles != ("assistant",) or self.train_on_last_turn):
+            raise ConfigError(
+                "loss_on is all, so that train_on_roles and train_on_last_turn choose nothing",
+                where="data.loss_on",
+                fix="leave out one of them",
+            )
+
+    def refuse_turns(self, reason: str, cuts: tuple[str, ...] = ("split",)) -> None:
+        """Refuse what only conversations have, for data of another kind.
+
+        Args:
+            reason: Why it has no meaning there.
+            cuts: Values of on_overlong that have none.
+
+        Raises:
+            ConfigError: A field says something that would not act.
+        """
+        if self.on_overlong in cuts:
+            raise ConfigError(
+                f"on_overlong is {self.on_overlong}, but {reason}",
+                where="data.on_overlong",
+                fix="truncate, drop or error",
+            )
+        if self.train_on_roles != ("assistant",) or self.train_on_last_turn:
+            name = "train_on_last_turn" if self.train_on_last_turn else "train_on_roles"
+            raise ConfigError(f"{name} is set, but {reason}", where=f"data.{name}", fix="leave it out")
 
 
 def _idle(name: str, lacking: str, fix: str) -> ConfigError:

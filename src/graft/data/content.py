@@ -7,6 +7,7 @@ import json
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 from graft.data.examples import Conversation, Example, Message, Pair
@@ -40,12 +41,13 @@ def content_of(example: Example) -> Content:
 
     Cost: 10 microseconds for a short row.
     """
+    digest = _digest([type(example).__name__, *(getattr(example, name) for name in _said(type(example)))])
     if isinstance(example, Pair):
-        digest, prompt = _digest(_said(example)), _digest(["prompt", example.prompt])
+        prompt = _digest(["prompt", example.prompt])
         return Content(example.where, digest, prompt, example.prompt, example.completion)
     if isinstance(example, Conversation):
-        return _conversation(example)
-    return Content(example.where, _digest(_said(example)), None, "", example.text)
+        return _conversation(example, digest)
+    return Content(example.where, digest, None, "", example.text)
 
 
 def normalized(text: str) -> str:
@@ -54,13 +56,13 @@ def normalized(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
-def _conversation(example: Conversation) -> Content:
+def _conversation(example: Conversation, digest: bytes) -> Content:
     messages = example.messages
     answered = messages[-1]["role"].startswith("assistant")
     before = ["prompt", messages[:-1], example.tools]
     return Content(
         example.where,
-        _digest(_said(example)),
+        digest,
         _digest(before) if answered else None,
         _joined(messages, learned=False),
         _joined(messages, learned=True),
@@ -77,16 +79,24 @@ def _joined(messages: Sequence[Message], *, learned: bool) -> str:
     return "\n".join(texts)
 
 
-def _said(example: Example) -> list[Any]:
-    """The kind of an example and its fields but for the place."""
-    names = [field.name for field in fields(example) if field.name != "where"]
-    return [type(example).__name__, *(getattr(example, name) for name in names)]
+@cache
+def _said(kind: type[Example]) -> tuple[str, ...]:
+    """The fields of an example but for the place."""
+    return tuple(field.name for field in fields(kind) if field.name != "where")
 
 
-def _digest(value: Any) -> bytes:
-    # Anything that JSON does not know (an image, a path) counts as what it shows of itself.
-    data = json.dumps(_normalized(value), sort_keys=True, ensure_ascii=False, default=repr)
+def _digest(parts: Sequence[Any]) -> bytes:
+    """The digest of texts and structures; each with its length before it, so that no two lists look alike."""
+    texts = [normalized(part) if isinstance(part, str) else _json(part) for part in parts]
+    data = "".join(f"{len(text)}:{text}" for text in texts)
     return hashlib.blake2b(data.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
+
+
+def _json(value: Any) -> str:
+    # Anything that JSON does not know (an image, a path) counts as what it shows of itself. The sign before
+    # it keeps a structure from being taken for the text of the same spelling.
+    data = json.dumps(_normalized(value), sort_keys=True, ensure_ascii=False, default=repr)
+    return f"\0{data}"
 
 
 def _normalized(value: Any) -> Any:

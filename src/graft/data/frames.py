@@ -143,7 +143,7 @@ class Frames:
         if frame is None or (shape.frame is not None and shape.frame != frame):
             shape.given_up = shape.frame is not None or shape.tries >= _TRIES
             shape.frame, shape.witnesses = None, set()
-        elif not any(set(contents) & set(witness) for witness in shape.witnesses):
+        elif tuple(contents) not in shape.witnesses:
             shape.frame = frame
             shape.witnesses.add(tuple(contents))
         elif shape.tries >= _TRIES and shape.frame is None:

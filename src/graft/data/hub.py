@@ -85,7 +85,7 @@ def _open(path: str, name: str, config: str | None, revision: str | None, splits
 
 @contextmanager
 def _telling(path: str) -> Iterator[None]:
-    """Tell errors of `datasets` and of the network as ours."""
+    # Tells errors of `datasets` and of the network as ours.
     try:
         yield
     except ValueError as error:

@@ -57,7 +57,8 @@ def read_json_lines(path: Path, refuse: Refuse) -> Iterator[Row]:
     Cost: one line at a time, of at most MAX_ROW_BYTES.
     """
     with open_bytes(path) as file:
-        readline, scan, place = file.readline, DECODER.scan_once, f"{path}:"
+        readline, place = file.readline, f"{path}:"
+        scan: Any = DECODER.scan_once  # type: ignore[attr-defined]
         number = 0
         while raw := readline(MAX_ROW_BYTES + 1):
             number += 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -12,12 +11,9 @@ from torch import Tensor
 
 from graft.data.ahead import in_order
 from graft.data.packing import Indexes, Rows, pack
-from graft.data.samples import IGNORED, Sample
+from graft.data.samples import IGNORED, Kind, Sample
 from graft.data.shuffling import key_of, permuted
 from graft.data.store import Held, lengths_of
-
-Kind = Literal["text", "pair", "class"]
-"""What samples are: texts, halves of preference pairs, texts with a class."""
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,12 @@ from graft.data.samples import (
     Sample,
     fit,
     split,
+    without,
 )
+from graft.data.shortening import Shortener
 from graft.data.templates import ChatTemplate
-from graft.data.tokens import TextEncoder, private_character
-from graft.data.turns import Choice, Rendered, find_turns, is_answer
+from graft.data.tokens import Apart, TextEncoder, private_character
+from graft.data.turns import Choice, Rendered, find_contents, find_turns, is_answer
 from graft.errors import DataError
 
 __all__ = ["IGNORED", "Encoder", "Rejected", "Sample", "encode", "prompt_ids"]
@@ -123,10 +125,12 @@ class Encoder:
         Args:
             examples: Any mixture.
             max_length: Longest sample in tokens. Longer plain texts are cut into consecutive samples.
-            on_overlong: "truncate" cuts longer rows at the right, "drop" and "error" reject them.
+            on_overlong: What becomes of longer rows: "truncate" cuts their end away, "truncate_left" the begin
+                of the prompt and the oldest exchanges, "split" makes several of a conversation, "drop" and
+                "error" reject them.
 
         Yields:
-            For each example its samples, more than one only for long texts, or why there are none.
+            For each example its samples, more than one only where it was split, or why there are none.
 
         Raises:
             DataError: The tokenizer has no end-of-text token, or no chat template where one is needed.
@@ -138,8 +142,37 @@ class Encoder:
                     yield draft
                 elif isinstance(example, Text):
                     yield split(draft, example.where, max_length)
+                elif (
+                    len(draft.ids) > max_length
+                    and isinstance(example, Conversation)
+                    and on_overlong in ("truncate_left", "split")
+                ):
+                    shorter = Shortener(self._drafts, self._cut, max_length)
+                    yield (shorter.parts if on_overlong == "split" else shorter.newest)(example)
                 else:
                     yield fit(draft, example.where, max_length, on_overlong)
+
+    def _cut(self, conversation: Conversation, index: int, max_length: int) -> Draft | None:
+        """A conversation without the begin of one message, as short as asked; None where that cannot be."""
+        if any(map(self.text.spells_control, _texts(conversation))):
+            messages, tools = self.text.quote_controls([conversation.messages, conversation.tools])
+            conversation = replace(conversation, messages=messages, tools=tools)
+        found = self._exact(conversation)
+        if is_answer(conversation.messages[index]):
+            return None
+        spans = find_contents(self.template, found.text, conversation, [index])
+        if not spans:
+            return None
+        chat = self._marked(Rendered(found.text, [*spans, *found.turns], found.prompts))
+        (begin, end), turns = chat.turns[0], chat.turns[1:]
+        (apart,) = self.text.encode_apart([(chat.text, self._edges(replace(chat, turns=turns)))])
+        first, last = apart.before(begin), apart.before(end)
+        draft = self._closed(apart.ids, self._learned(apart, turns))
+        count = len(draft.ids) - max_length
+        # A character may have several tokens; none is cut in two.
+        while 0 < first + count < last and apart.starts[first + count] == apart.starts[first + count - 1]:
+            count += 1
+        return without(draft, first, count) if 0 < count < last - first else None
 
     def _drafts(self, examples: Sequence[Example]) -> list[Draft | Rejected]:
         drafts: dict[int, Draft | Rejected] = {}
@@ -209,16 +242,18 @@ class Encoder:
         return Rendered("".join(pieces), turns, [place[edge] for edge in found.prompts])
 
     def _encode_chats(self, chats: Sequence[Rendered]) -> Iterator[Draft]:
-        edges = [sorted({*chat.prompts, *self._begins(chat)}) for chat in chats]
+        edges = [self._edges(chat) for chat in chats]
         texts = [chat.text for chat in chats]
         for chat, apart in zip(
             chats, self.text.encode_apart(list(zip(texts, edges, strict=True))), strict=True
         ):
-            learned = [
-                (apart.edges.get(begin) or apart.before(begin), apart.before(end))
-                for begin, end in chat.turns
-            ]
-            yield self._closed(apart.ids, learned)
+            yield self._closed(apart.ids, self._learned(apart, chat.turns))
+
+    def _edges(self, chat: Rendered) -> list[int]:
+        return sorted({*chat.prompts, *self._begins(chat)})
+
+    def _learned(self, apart: Apart, turns: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [(apart.edges.get(begin) or apart.before(begin), apart.before(end)) for begin, end in turns]
 
     def _begins(self, chat: Rendered) -> list[int]:
         """Where what is learned begins inside an answer that was asked for, or in a part that is marked.
@@ -243,6 +278,12 @@ class Encoder:
             raise DataError(
                 "plain texts have no completion", where="data.loss_on", fix="set data.loss_on to auto or all"
             )
+        if self._choice != Choice() and examples:
+            raise DataError(
+                "rows without turns cannot be chosen from by train_on_roles and train_on_last_turn",
+                where=examples[0].where,
+                fix="leave data.train_on_roles and data.train_on_last_turn out, or give rows of messages",
+            )
         encoded = iter(self.text.encode([text for example in examples for text in _texts(example)]))
         for example in examples:
             prompt = list(self.text.bos_ids)
@@ -250,7 +291,9 @@ class Encoder:
                 prompt += next(encoded).ids
             ids = [*prompt, *next(encoded).ids, self._eos()]
             everything = self._loss_on == "all" or isinstance(example, Text)
-            yield Draft(ids, [(0 if everything else len(prompt), len(ids))], (), len(self.text.bos_ids))
+            yield Draft(
+                ids, [(0 if everything else len(prompt), len(ids))], (), len(self.text.bos_ids), len(prompt)
+            )
 
     def _eos(self) -> int:
         if self.text.eos_id is None:

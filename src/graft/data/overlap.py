@@ -7,6 +7,7 @@ evaluation stays what it was, and its losses can be compared with those of other
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Literal
@@ -55,12 +56,13 @@ class Overlap:
         self._stretch_rows: list[NDArray[np.int64]] = []
         self._ngrams: tuple[NDArray[np.uint64], NDArray[np.int64]] | None = None
         self._hit: set[str] = set()
+        self._copies: Counter[str] = Counter()  # evaluation rows that are equal to the one at a place
         self.num_train = 0
 
     @property
     def num_eval(self) -> int:
         """Evaluation rows that were found in the training data."""
-        return len(self._hit)
+        return sum(1 + self._copies[where] for where in self._hit)
 
     def add(self, examples: Iterable[Example]) -> None:
         """Put evaluation rows into the index."""
@@ -73,8 +75,12 @@ class Overlap:
         fresh: dict[bytes, Content] = {}
         digests = as_numbers([content.digest for content in contents])
         for content, known in zip(contents, self._exact.find(digests).tolist(), strict=True):
-            if known < 0:
-                fresh.setdefault(content.digest, content)
+            if known >= 0:
+                self._copies[self._places[known]] += 1
+            elif content.digest in fresh:
+                self._copies[fresh[content.digest].where] += 1
+            else:
+                fresh[content.digest] = content
         self._exact.add(as_numbers(list(fresh)))
         self._places.extend([content.where for content in fresh.values()])
         start = len(self._all_places)

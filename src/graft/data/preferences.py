@@ -29,8 +29,8 @@ from graft.data.formats import PROMPTS, Example, Pair
 from graft.data.masking import Encoder
 from graft.data.prepare import Dataset, count_samples, make_encoder
 from graft.data.quarantine import Quarantine
-from graft.data.reading import LeftOut, num_rows, read_file, refuse_all
-from graft.data.report import show_sample
+from graft.data.reading import LeftOut, read_file, refuse_all
+from graft.data.report import num_rows, show_sample
 from graft.data.samples import TRUNCATED, Rejected, Sample
 from graft.data.sources import Row, Source
 from graft.errors import DataError
@@ -177,6 +177,7 @@ def prepare_pairs(
         DataError: A row is wrong (unless skip_invalid), or no pair can be learned from; names file and line.
         StorageError: The file cannot be read.
     """
+    config.refuse_turns("of a pair the two answers are learned", cuts=("truncate_left", "split"))
     encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
     rows, reading = read_file(source, config, split, encoder, quarantine)
     report, left_out = reading.report, reading.left_out

@@ -21,12 +21,13 @@ from graft.data.formats import Example
 from graft.data.listener import SILENT, Listener
 from graft.data.masking import Encoder
 from graft.data.quarantine import Quarantine
-from graft.data.reading import LeftOut, Reading, num_rows, refuse_all
-from graft.data.report import Report, show_sample
-from graft.data.samples import SPLIT, TRUNCATED, Rejected, Sample
+from graft.data.reading import LeftOut, Reading, refuse_all
+from graft.data.report import Report, num_rows, show_sample
+from graft.data.samples import CUT_LEFT, OLDER_CUT, PARTED, SPLIT, TRUNCATED, Rejected, Sample
 from graft.data.sources import Row, Source
 from graft.data.store import Store, StoreWriter, figures_of, repeats
 from graft.data.templates import read_template
+from graft.data.turns import Choice
 from graft.errors import DataError
 
 CHUNK = 512
@@ -34,6 +35,9 @@ CHUNK = 512
 WORKERS = 2
 """Chunks that are encoded at a time: while one is in the tokenizer, Python has the other."""
 
+
+CUTS = (TRUNCATED, CUT_LEFT, OLDER_CUT)
+"""Remarks of samples that lack a part of their row."""
 
 Chunk = list[tuple[Row, Example]]
 
@@ -64,7 +68,8 @@ def make_encoder(tokenizer: Any, config: DataConfig) -> Encoder:
         StorageError: The template file cannot be read.
     """
     source = read_template(config.chat_template) if config.chat_template else None
-    return Encoder(tokenizer, chat_template=source, loss_on=config.loss_on)
+    choice = Choice(tuple(config.train_on_roles), config.train_on_last_turn)
+    return Encoder(tokenizer, chat_template=source, loss_on=config.loss_on, choice=choice)
 
 
 def prepare(
@@ -98,7 +103,7 @@ def prepare(
     encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
     cleaning = cleaning or Cleaning(config)
     build = partial(_build, source, encoder, config, split, cleaning, listener)
-    entry = entry_for(source, encoder, config, split, cleaning.seen)
+    entry = entry_for(source, encoder, config, split, cleaning.seen if cleaning.compares else ())
     found = build(quarantine, None) if entry is None else None
     if entry is not None:
         with entry.held(listener):
@@ -179,13 +184,14 @@ def _encoded(
                 continue
             report.num_used += 1
             remarks.update(found[0].remarks)
-            if TRUNCATED in found[0].remarks:
+            if any(cut in found[0].remarks for cut in CUTS):
                 report.place("truncated", found[0].where)
             yield from found
             tokens += sum(map(len, found))
         listener.preparing(report.num_rows, tokens, reading.share)
     listener.preparing(report.num_rows, tokens, 1.0)
-    report.num_split, report.num_truncated = remarks[SPLIT], remarks[TRUNCATED]
+    report.num_split = remarks[SPLIT] + remarks[PARTED]
+    report.num_truncated = sum(remarks[cut] for cut in CUTS)
     report.notes += [f"{num_rows(count)} {remark}" for remark, count in remarks.items()]
 
 

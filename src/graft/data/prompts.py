@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass
+from typing import NoReturn
 
 from graft.config import closest
 from graft.data.examples import Pair, column_text
@@ -38,20 +39,16 @@ class PromptTemplate:
         try:
             found = list(string.Formatter().parse(text))
         except ValueError as error:
-            raise _refusal(
-                f"{text!r:.100}: {error}", 'a brace of the text itself is written twice: "{{"'
-            ) from error
+            _refuse(f"{text!r:.100}: {error}", 'a brace of the text itself is written twice: "{{"', error)
         for _, name, spec, conversion in found:
             if name is None:
                 continue
             if not name or spec or conversion or any(sign in name for sign in ".[]"):
                 inner = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-                raise _refusal(
-                    f"{{{inner}}} is not the name of a column", "write {question}, nothing else inside"
-                )
+                _refuse(f"{{{inner}}} is not the name of a column", "write {question}, nothing else inside")
         columns = tuple(dict.fromkeys(name for _, name, _, _ in found if name))
         if not columns:
-            raise _refusal(f"{text!r:.100} names no column", 'write "Question: {question}\\nAnswer:"')
+            _refuse(f"{text!r:.100} names no column", 'write "Question: {question}\\nAnswer:"')
         return cls(tuple((plain, name) for plain, name, _, _ in found), columns)
 
     def fill(self, row: Row) -> str:
@@ -89,7 +86,7 @@ def completion_of(row: Row) -> str:
     names = list(row.value) if isinstance(row.value, dict) else []
     if any(name in names for name in ("messages", "conversations", "conversation", "chosen")):
         raise DataError(
-            "data.prompt_template acts on rows of columns with text; this one is a conversation or preference",
+            "data.prompt_template acts on columns of text; this row is a conversation or a preference",
             where=row.where,
             fix="leave data.prompt_template out",
         )
@@ -101,5 +98,10 @@ def completion_of(row: Row) -> str:
     )
 
 
-def _refusal(what: str, fix: str) -> ConfigError:
-    return ConfigError(f"data.prompt_template: {what}", where="data.prompt_template", fix=fix)
+def _refuse(what: str, fix: str, cause: Exception | None = None) -> NoReturn:
+    """Say what is wrong with a template.
+
+    Raises:
+        ConfigError: Always.
+    """
+    raise ConfigError(f"data.prompt_template: {what}", where="data.prompt_template", fix=fix) from cause

@@ -19,6 +19,7 @@ from graft.errors import DataError
 
 LOOKED_AT = 100
 """Rows that the format is read from."""
+_WRITER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=repr)
 _NAMED = 3
 """Refused rows that an error names."""
 _SHOWN = 40
@@ -117,7 +118,8 @@ class Reading:
             line = line_of(row)
             self._read_bytes += len(line)
             self._digest.update(line)
-            self._look_at(row.value)
+            if not (self._knows_ascii and line.isascii()):
+                self._look_at(row.value)
             yield row
 
     def _refuse(self, error: DataError, row: str) -> None:
@@ -163,8 +165,7 @@ class Reading:
 
     def _look_at(self, value: Any) -> None:
         if isinstance(value, str):
-            if not (self._knows_ascii and value.isascii()):
-                self._characters.update(value)
+            self._characters.update(value)
         elif isinstance(value, dict):
             for part in value.values():
                 self._look_at(part)
@@ -191,12 +192,7 @@ def read_file(
 
 def line_of(row: Row) -> bytes:
     """What a row says, in one way for all files that say the same."""
-    return json.dumps(row.value, sort_keys=True, ensure_ascii=False, default=repr).encode() + b"\n"
-
-
-def num_rows(count: int) -> str:
-    """A count with its noun: "1 row", "2 rows"."""
-    return "1 row" if count == 1 else f"{count:,} rows"
+    return _WRITER.encode(row.value).encode() + b"\n"
 
 
 def refuse_all(report: Report) -> NoReturn:

@@ -108,6 +108,11 @@ def joined_report(reports: Sequence[Report]) -> Report:
     return found
 
 
+def num_rows(count: int) -> str:
+    """A count with its noun: "1 row", "2 rows"."""
+    return "1 row" if count == 1 else f"{count:,} rows"
+
+
 def show_sample(sample: Sample, tokenizer: Any) -> str:
     """The text of a sample, what is learned standing between ⟦ and ⟧."""
     ids, labels = sample.input_ids, sample.labels

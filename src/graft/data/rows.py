@@ -48,13 +48,18 @@ def stop(error: DataError, raw: str) -> NoReturn:
 
 
 def shown(raw: bytes) -> str:
-    """Bytes as text, those that are not UTF-8 written as \\xff."""
+    """Bytes as text, those that are not UTF-8 written as escapes."""
     return raw.decode("utf-8", "backslashreplace")
 
 
 def unescaped(text: str) -> str:
     """A text that was decoded with surrogateescape, as `shown` writes it."""
     return shown(text.encode("utf-8", "surrogateescape"))
+
+
+def find_no_text(text: str) -> re.Match[str] | None:
+    """The first character of a text that is none; ASCII, the usual case, is not searched letter by letter."""
+    return None if text.isascii() and "\0" not in text else NO_TEXT.search(text)
 
 
 def check_text(value: Any, where: str) -> None:
@@ -75,7 +80,7 @@ def check_text(value: Any, where: str) -> None:
 def bad_character(value: Any) -> str:
     """What a value holds that is no text, in words; "" where there is nothing of that kind."""
     if isinstance(value, str):
-        found = NO_TEXT.search(value)
+        found = find_no_text(value)
         if found is None:
             return ""
         return "a NUL character" if found.group() == "\0" else "half of a surrogate pair"

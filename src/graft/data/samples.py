@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ SPLIT = "split into consecutive samples of max_length tokens, being plain text"
 END_ADDED = "ended with the end-of-text token, because the chat template closes answers with no control token"
 CONTROL_AS_TEXT = "spelling a control token, which was read as plain text"
 
+
+Kind = Literal["text", "pair", "class"]
+"""What samples are: texts, halves of preference pairs, texts with a class."""
 
 Range = tuple[int, int]
 """Tokens from the first to before the second."""
@@ -166,12 +169,14 @@ class Draft:
         learned: Ascending ranges of tokens that are learned.
         remarks: As of a sample.
         head: Tokens at the begin that a cut from the left keeps, of a prompt and completion.
+        answer: Where the completion begins.
     """
 
     ids: list[int]
     learned: list[Range]
     remarks: tuple[str, ...] = ()
     head: int = 0
+    answer: int = 0
 
     def sample(self, where: str, begin: int = 0, end: int | None = None, *remarks: str) -> Sample:
         """The sample of its tokens from `begin` to before `end`."""
@@ -214,7 +219,7 @@ def fit(draft: Draft, where: str, max_length: int, on_overlong: str) -> list[Sam
             return [cut]
         reason = f"answer cut away by max_length {max_length:,}; the row has {size:,} tokens"
         return Rejected(where, reason, "raise data.max_length", overlong=True)
-    if on_overlong == "truncate_left" and draft.learned:
+    if on_overlong == "truncate_left":
         return _fit_left(draft, where, max_length)
     reason = f"{size:,} tokens, more than max_length {max_length:,}"
     if on_overlong == "split":
@@ -223,7 +228,7 @@ def fit(draft: Draft, where: str, max_length: int, on_overlong: str) -> list[Sam
 
 
 def _fit_left(draft: Draft, where: str, max_length: int) -> list[Sample] | Rejected:
-    head, excess, answer = draft.head, len(draft.ids) - max_length, draft.learned[0][0]
+    head, excess, answer = draft.head, len(draft.ids) - max_length, draft.answer
     if head + excess > answer or (head == 0 and excess == answer):
         reason = f"the answer has {len(draft.ids) - answer:,} tokens, too many for max_length {max_length:,}"
         return Rejected(where, reason, "raise data.max_length", overlong=True)
@@ -231,7 +236,10 @@ def _fit_left(draft: Draft, where: str, max_length: int) -> list[Sample] | Rejec
 
 
 def without(draft: Draft, begin: int, count: int) -> Draft:
-    """A draft without some of its tokens that are not learned, none of which stands after a learned one."""
-    learned = [(a - count, b - count) for a, b in draft.learned]
+    """A draft without `count` of its tokens from `begin` on."""
+    moved = [
+        tuple(place if place <= begin else max(begin, place - count) for place in each)
+        for each in draft.learned
+    ]
     ids = [*draft.ids[:begin], *draft.ids[begin + count :]]
-    return Draft(ids, learned, (*draft.remarks, CUT_LEFT), draft.head)
+    return Draft(ids, [(a, b) for a, b in moved], (*draft.remarks, CUT_LEFT), draft.head)

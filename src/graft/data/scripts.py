@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
 
@@ -9,28 +10,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graft.data.findings import SCRIPTS
+from graft.data.words import code_points
 
 OTHER = "another script"
 
+_LETTER = re.compile("[A-Za-z]")
 _CLASSES = {"Kana": r"[\p{Script=Hiragana}\p{Script=Katakana}]"}
 _JAPANESE = 0.05
 """Share of kana from which on Han characters count as Japanese too, written with both."""
 
 
-def main_scripts(points: NDArray[np.uint32], starts: NDArray[np.int64]) -> NDArray[np.int64]:
+def main_scripts(texts: Sequence[str]) -> NDArray[np.int64]:
     """The script of most letters of each text.
 
     A text of Han characters and kana counts as Kana. Languages that share a script (English and German) are
     not told apart, and a text in two scripts counts as that of the larger part.
 
     Args:
-        points: Code points of texts after one another.
-        starts: Where each begins, and where the last ends.
+        texts: Any.
 
     Returns:
         For each the number of its script in `SCRIPTS`, len(SCRIPTS) for others, -1 for a text without
         letters.
     """
+    plain = np.array([text.isascii() for text in texts], dtype=bool)
+    found = np.where([_LETTER.search(text) is not None for text in texts], SCRIPTS.index("Latin"), -1)
+    found[~plain] = _by_letters([text for text, ascii in zip(texts, plain, strict=True) if not ascii])
+    return found
+
+
+def _by_letters(texts: Sequence[str]) -> NDArray[np.int64]:
+    points, starts = code_points(texts)
     kinds = _table()[points]
     owners = np.repeat(np.arange(starts.size - 1), np.diff(starts))[: points.size]
     letters = kinds > 0
@@ -52,7 +62,7 @@ def script_names(numbers: Sequence[int]) -> list[str]:
 @cache
 def _table() -> NDArray[np.uint8]:
     """For each code point 0, or 1 and the number of the script of this letter."""
-    import regex
+    import regex  # type: ignore[import-untyped]
 
     every = "".join(map(chr, (point for point in range(0x110000) if not 0xD800 <= point <= 0xDFFF)))
     points = np.frombuffer(every.encode("utf-32-le"), dtype="<u4")

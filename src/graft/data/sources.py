@@ -47,8 +47,8 @@ def read_rows(
     the rows. Nothing is held but the row that is read (of parquet and arrow files, a thousand).
 
     Args:
-        source: A file (`SUFFIXES`), a directory that has one named after the split (or its shards, or only .txt
-            files, or what `datasets` saved), "hub:owner/name", or any iterable of dicts or texts.
+        source: A file (`SUFFIXES`), a directory that has one named after the split (see `find_files`),
+            "hub:owner/name", or any iterable of dicts or texts.
         split: "train" or "eval"; decides the file taken from a directory.
         on_invalid: Receives the error and the text of a row that cannot be read, which is then left out;
             without it the first such row raises.

@@ -16,9 +16,8 @@ from graft.data.masking import Encoder
 from graft.data.mixing import Joined, Mixture, shares
 from graft.data.prepare import Dataset, count_samples, make_encoder, prepare
 from graft.data.quarantine import Quarantine
-from graft.data.reading import num_rows
-from graft.data.report import Report, joined_report, show_sample
-from graft.data.samples import Sample
+from graft.data.report import Report, joined_report, num_rows, show_sample
+from graft.data.samples import Kind, Sample
 from graft.data.shuffling import key_of
 from graft.data.shuffling import mixed as mixed_bits
 from graft.data.sources import Source
@@ -48,8 +47,8 @@ def prepare_splits(
     *,
     seed: int = 0,
     read: Read = prepare,
-    size: int = 1,
-    train_first: bool = False,
+    kind: Kind = "text",
+    cleaning: Cleaning | None = None,
     given: Mapping[str, Source] | None = None,
     quarantine: Quarantine | None = None,
 ) -> tuple[Dataset, Dataset | None]:
@@ -60,9 +59,9 @@ def prepare_splits(
         config: Must name `train`, or the files of `mix`.
         seed: Decides what `eval_fraction` holds out.
         read: What makes samples of a file.
-        size: So many samples after one another belong together.
-        train_first: Whether the evaluation data can be read only after the training data, which then passes
-            by without being compared with it; equal samples are counted afterwards.
+        kind: What samples are. The evaluation data of texts with a class can be read only after the training
+            data, which is then not compared with it row by row; equal samples are counted afterwards.
+        cleaning: What rows pass through; own filters if left out.
         given: Rows from Python as "train" and "eval", in the place of what the configuration names.
         quarantine: Receives each row that is left out under skip_invalid.
 
@@ -72,7 +71,9 @@ def prepare_splits(
     """
     if config.train is None and not config.mix:
         raise DataError("no training data is named", where="data.train", fix="give --data FILE or data.train")
-    encoder, cleaning, given = make_encoder(tokenizer, config), Cleaning(config), given or {}
+    encoder, given = make_encoder(tokenizer, config), given or {}
+    size, train_first = 2 if kind == "pair" else 1, kind == "class"
+    cleaning = cleaning or Cleaning(config)
 
     def held_out() -> Dataset:
         assert config.eval is not None
@@ -88,12 +89,13 @@ def prepare_splits(
     else:
         source = given.get("train", str(config.train))
         train = read(source, encoder, config, "train", quarantine, cleaning)
-    if measured is not None:
-        tell_overlap(measured.report, cleaning.num_eval)
-        return train, measured
     if config.eval is not None:
-        measured = held_out()
-        tell_overlap(measured.report, count_overlap(train.samples, measured.samples, encoder, size))
+        measured = measured or held_out()
+        compared = cleaning.compares and not train_first
+        found = (
+            cleaning.num_eval if compared else count_overlap(train.samples, measured.samples, encoder, size)
+        )
+        tell_overlap(measured.report, found)
         return train, measured
     if config.eval_fraction:
         return split_eval(train, config.eval_fraction, seed, encoder, size=size)

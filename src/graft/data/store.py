@@ -12,6 +12,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn, overload
 
@@ -230,9 +231,9 @@ class StoreWriter:
         self._spill_bytes = spill_bytes
         self._columns: dict[str, Column] = {name: Column.new(name, directory) for name in COLUMNS}
         self._in_memory = directory is None
-        self._ends = {"tokens": 0, "spans": 0, "places": 0}
-        self._buffers: dict[str, list[bytes]] = {name: [] for name in COLUMNS}
-        self._buffered_tokens = 0
+        self._ends = {"token": 0, "span": 0, "place": 0}
+        self._waiting: list[tuple[Sample, str]] = []
+        self._num_waiting_tokens = 0
         self.num_samples = 0
 
     def add(self, sample: Sample, place: str) -> None:
@@ -242,22 +243,10 @@ class StoreWriter:
             sample: Its labels are its ids where they are learned.
             place: Its place without the prefix that `store` is given.
         """
-        ids, spans = sample.ids, np.asarray(sample.learned, dtype="<i4").reshape(-1, 2)
-        name = place.encode("utf-8", "surrogateescape")
-        record = np.zeros(1, RECORD)
-        record["token"], record["span"], record["place"] = self._ends.values()
-        record["tokens"], record["spans"], record["place_bytes"] = len(ids), len(spans), len(name)
-        record["key"], record["learned"], record["ends"] = told_of(sample, ids, spans, self._control_ids)
-        record["remark"] = self.remarks.setdefault(sample.remarks, len(self.remarks))
-        kept = (ids.astype(self.token_dtype).tobytes(), spans.tobytes(), name, record.tobytes())
-        for column, data in zip(COLUMNS, kept, strict=True):
-            self._buffers[column].append(data)
-        self._ends["tokens"] += len(ids)
-        self._ends["spans"] += len(spans)
-        self._ends["places"] += len(name)
+        self._waiting.append((sample, place))
+        self._num_waiting_tokens += len(sample)
         self.num_samples += 1
-        self._buffered_tokens += len(ids)
-        if self._buffered_tokens >= _BUFFER_TOKENS:
+        if self._num_waiting_tokens >= _BUFFER_TOKENS:
             self._flush()
 
     def store(self, prefix: str) -> Store:
@@ -266,10 +255,22 @@ class StoreWriter:
         return Store(self._columns, self.token_dtype, list(self.remarks), prefix)
 
     def _flush(self) -> None:
-        for name, parts in self._buffers.items():
-            self._columns[name].append(b"".join(parts))
-            parts.clear()
-        self._buffered_tokens = 0
+        waiting, self._waiting, self._num_waiting_tokens = self._waiting, [], 0
+        if not waiting:
+            return
+        samples = [sample for sample, _ in waiting]
+        names = [place.encode("utf-8", "surrogateescape") for _, place in waiting]
+        records = np.zeros(len(waiting), RECORD)
+        ids, spans = tell(samples, self._control_ids, records)
+        records["place_bytes"] = [len(name) for name in names]
+        records["remark"] = [self.remarks.setdefault(s.remarks, len(self.remarks)) for s in samples]
+        for begin, size in (("token", "tokens"), ("span", "spans"), ("place", "place_bytes")):
+            ends = np.cumsum(records[size], dtype=np.int64)
+            records[begin] = self._ends[begin] + ends - records[size]
+            self._ends[begin] += int(ends[-1])
+        kept = (ids.astype(self.token_dtype).tobytes(), spans.tobytes(), b"".join(names), records.tobytes())
+        for column, data in zip(COLUMNS, kept, strict=True):
+            self._columns[column].append(data)
         if self._in_memory and sum(column.num_bytes for column in self._columns.values()) > self._spill_bytes:
             self._columns = {name: column.spilled() for name, column in self._columns.items()}
             self._in_memory = False
@@ -350,20 +351,49 @@ class Column:
         return moved
 
 
-def told_of(
-    sample: Sample, ids: NDArray[np.int32], spans: NDArray[np.int32], control_ids: Collection[int]
-) -> tuple[NDArray[np.uint64], int, int]:
-    """What is counted of a sample.
+def tell(
+    samples: Sequence[Sample], control_ids: Collection[int], into: NDArray[Any]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Fill in what is counted of samples.
+
+    Args:
+        samples: At least one.
+        control_ids: See `StoreWriter`.
+        into: One record for each, whose key, tokens, learned and ends (and spans) are filled in.
 
     Returns:
-        128 bits that are the same for samples with equal ids and labels; how many tokens are learned; how
-        many learned ranges end with a control token.
+        All ids, and (N, 2) all learned ranges, sample by sample.
     """
-    last = [int(sample.labels_in(end - 1, end)[0]) for end in spans[:, 1].tolist()]
-    said = ids.tobytes() + spans.tobytes() + np.asarray(last, "<i4").tobytes()
-    key = np.frombuffer(hashlib.blake2b(said, digest_size=16).digest(), "<u8")
-    learned = int((spans[:, 1] - spans[:, 0]).sum())
-    return key, learned, sum(label in control_ids for label in last)
+    sizes = [len(sample) for sample in samples]
+    ids = np.concatenate([sample.ids for sample in samples])
+    ranges = [sample.learned for sample in samples]
+    spans = np.asarray(list(chain.from_iterable(ranges)), dtype="<i4").reshape(-1, 2)
+    counts = np.fromiter(map(len, ranges), np.int64, len(ranges))
+    last = np.fromiter(
+        (int(s.labels_in(end - 1, end)[0]) for s in samples for _, end in s.learned), "<i4", len(spans)
+    )
+    owners = np.repeat(np.arange(len(samples)), counts)
+    into["tokens"] = sizes
+    into["learned"] = np.bincount(owners, spans[:, 1] - spans[:, 0], len(samples))
+    into["ends"] = np.bincount(owners, np.isin(last, list(control_ids)), len(samples))
+    if "spans" in (into.dtype.names or ()):
+        into["spans"] = counts
+    into["key"] = _keys(ids.tobytes(), spans.tobytes(), last.tobytes(), sizes, counts.tolist())
+    return ids, spans
+
+
+def _keys(
+    ids: bytes, spans: bytes, last: bytes, sizes: Sequence[int], counts: Sequence[int]
+) -> NDArray[np.uint64]:
+    """Of each sample 128 bits that are the same for equal ids and labels."""
+    keys, token, span = [], 0, 0
+    for size, count in zip(sizes, counts, strict=True):
+        digest = hashlib.blake2b(ids[4 * token : 4 * (token + size)], digest_size=16)
+        digest.update(spans[8 * span : 8 * (span + count)])
+        digest.update(last[4 * span : 4 * (span + count)])
+        keys.append(digest.digest())
+        token, span = token + size, span + count
+    return np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2)
 
 
 def lengths_of(samples: Sequence[Sample]) -> NDArray[np.int32]:
@@ -378,10 +408,8 @@ def figures_of(samples: Sequence[Sample], control_ids: Collection[int]) -> NDArr
     if isinstance(samples, Held):
         return samples.figures()
     found = np.zeros(len(samples), dtype=_FIGURES)
-    for figure, sample in zip(found, samples, strict=True):
-        ids, spans = sample.ids, np.asarray(sample.learned, dtype="<i4").reshape(-1, 2)
-        figure["tokens"] = len(ids)
-        figure["key"], figure["learned"], figure["ends"] = told_of(sample, ids, spans, control_ids)
+    if len(samples):
+        tell(samples, control_ids, found)
     return found
 
 

@@ -8,15 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from graft.data.compressed import is_gzip, open_text
-from graft.data.rows import MAX_ROW_BYTES, NO_TEXT, SHOWN_BYTES, Refuse, Row, no_text, too_long, unescaped
+from graft.data.rows import (
+    MAX_ROW_BYTES,
+    SHOWN_BYTES,
+    Refuse,
+    Row,
+    find_no_text,
+    no_text,
+    too_long,
+    unescaped,
+)
 from graft.errors import DataError
 
 
 def read_table(path: Path, refuse: Refuse) -> Iterator[Row]:
     """Read a .csv or .tsv file.
 
-    Lines inside quotes belong to their cell, with LF between them. After a row whose quotes are wrong the next
-    line begins a new row.
+    Lines inside quotes belong to their cell, with LF between them. After a row whose quotes are wrong the
+    next line begins a new row.
 
     Args:
         path: The file; also packed.
@@ -43,14 +52,15 @@ def read_table(path: Path, refuse: Refuse) -> Iterator[Row]:
             lines.begin()
             try:
                 cells = _next(rows, lines)
-                if cells is None:
-                    return
-                if len(cells) == width:
-                    yield Row(dict(zip(names, cells, strict=True)), f"{path}:{line}")
-                elif cells:
-                    raise _uneven(cells, names, f"{path}:{line}:1")
             except DataError as error:
                 refuse(error, unescaped(lines.raw()))
+                continue
+            if cells is None:
+                return
+            if len(cells) == width:
+                yield Row(dict(zip(names, cells, strict=True)), f"{path}:{line}")
+            elif cells:
+                refuse(_uneven(cells, names, f"{path}:{line}:1"), unescaped(lines.raw()))
 
 
 class _Lines:
@@ -81,7 +91,7 @@ class _Lines:
             while line and not line.endswith("\n"):
                 line = self._file.readline(1 << 20)
             raise too_long(self.path, self.number)
-        if self._bad is None and (found := NO_TEXT.search(line)):
+        if self._bad is None and (found := find_no_text(line)):
             self._bad = no_text(found.group(), f"{self.path}:{self.number}:{found.start() + 1}")
         return line
 
@@ -107,7 +117,7 @@ class _Lines:
 
 def _header(rows: Any, lines: _Lines) -> list[str]:
     while (names := _next(rows, lines)) == []:
-        pass  # empty lines before the header
+        lines.begin()  # an empty line before the header
     return names or []
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from graft.data.compressed import open_text
-from graft.data.rows import NO_TEXT, SHOWN_BYTES, Refuse, Row, no_text, unescaped
+from graft.data.rows import SHOWN_BYTES, Refuse, Row, find_no_text, no_text, unescaped
 
 DOCUMENT_CHARACTERS = 64 << 20
 """Longest document; a longer file is cut behind the last line that ends before this, again and again."""
@@ -20,9 +20,9 @@ def read_document(path: Path, refuse: Refuse) -> Iterator[Row]:
         refuse: Receives a document that is no text.
 
     Yields:
-        The whole text; of a file of more than DOCUMENT_CHARACTERS one document after another, cut at line ends
-        (at exactly that length where there is none), each with the line in which it begins. A document of
-        nothing but space is left out.
+        The whole text; of a file of more than DOCUMENT_CHARACTERS one document after another, cut at line
+        ends (at exactly that length where there is none), each with the line in which it begins. A document
+        of nothing but space is left out.
 
     Raises:
         DataError: `refuse` raises it; or the file is packed and damaged.
@@ -38,7 +38,7 @@ def read_document(path: Path, refuse: Refuse) -> Iterator[Row]:
             if end > DOCUMENT_CHARACTERS:
                 end = text.rfind("\n", 0, DOCUMENT_CHARACTERS) + 1 or DOCUMENT_CHARACTERS
             text, rest = text[:end], text[end:]
-            if found := NO_TEXT.search(text):
+            if found := find_no_text(text):
                 before, cut = text[: found.start()], len(text) > SHOWN_BYTES
                 at = found.start() - before.rfind("\n") + (0 if "\n" in before else column)
                 error = no_text(found.group(), f"{path}:{line + before.count(chr(10))}:{at}")

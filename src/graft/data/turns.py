@@ -131,7 +131,10 @@ def _other(template: ChatTemplate, text: str, conversation: Conversation, index:
             where=f"{conversation.where}, message {index + 1}",
             fix="take the role out of data.train_on_roles, or use a template that writes its content as it is",
         )
-    return found[0][0], max(found[0][1], _end(template, text, conversation, index))
+    content, begin = conversation.messages[index]["content"], found[0][0]
+    space = content[: len(content) - len(content.lstrip())]
+    begin -= len(space) if text.endswith(space, 0, begin) else 0
+    return begin, max(found[0][1], _end(template, text, conversation, index))
 
 
 def _within(turn: Span, marks: list[Span] | None) -> list[Span]:

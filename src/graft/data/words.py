@@ -65,6 +65,14 @@ def code_points(texts: Sequence[str]) -> tuple[NDArray[np.uint32], Places]:
     return np.frombuffer(data, dtype="<u4"), starts
 
 
+def counted(marked: NDArray[np.bool_], starts: Places) -> Places:
+    """How many characters of each text are marked; `starts` as of `code_points`."""
+    if starts.size < 2:
+        return np.zeros(0, dtype=np.int64)
+    found: Places = np.add.reduceat(np.append(marked, False), starts[:-1], dtype=np.int64)
+    return found
+
+
 def words(texts: Sequence[str]) -> Grams:
     """The words of texts, in their order.
 

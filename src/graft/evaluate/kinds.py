@@ -98,5 +98,8 @@ def _check(names: Sequence[str], known: Sequence[str], what: str) -> None:
 def _are_preferences(path: str, data: DataConfig | None) -> bool:
     skips = data is not None and data.skip_invalid
     on_invalid = (lambda error, raw: None) if skips else None
-    row = next(read_rows(path, split="eval", on_invalid=on_invalid, columns=data and data.columns), None)
+    row = next(
+        read_rows(path, split="eval", on_invalid=on_invalid, columns=None if data is None else data.columns),
+        None,
+    )
     return row is not None and isinstance(row.value, dict) and set(ANSWERS) <= row.value.keys()

@@ -18,6 +18,7 @@ from graft.data.config import DataConfig
 from graft.data.formats import Conversation, Example, Text
 from graft.data.loader import Loader
 from graft.data.masking import Encoder, Rejected, Sample
+from graft.data.turns import Choice
 from graft.errors import ConfigError, DataError, ModelError
 from graft.evaluate.answers import (
     answer_of,
@@ -69,14 +70,14 @@ class Task:
         self.rejected.setdefault(place, (self.examples[place].where, reason))
 
     def encode(
-        self, examples: Mapping[int, Example], loss_on: Any, max_length: int
+        self, examples: Mapping[int, Example], loss_on: Any, max_length: int, choice: Choice | None = None
     ) -> Iterator[tuple[int, list[Sample]]]:
         """Samples of examples, by place; those that give none are rejected.
 
         Raises:
             DataError: A row is wrong, or too long, and the data section says to stop then.
         """
-        encoder = Encoder(self.tokenizer, chat_template=self.template, loss_on=loss_on)
+        encoder = Encoder(self.tokenizer, chat_template=self.template, loss_on=loss_on, choice=choice)
         encoded = encoder.encode(examples.values(), max_length, self.data.on_overlong)
         for place, found in zip(examples, encoded, strict=True):
             if not isinstance(found, Rejected):
@@ -145,7 +146,8 @@ class LossPass:
         """Encode the rows, rejecting those without a labelled token."""
         task = self._task
         length = min(task.data.max_length, context_length(task.model))
-        self._samples = dict(task.encode(dict(enumerate(task.examples)), task.data.loss_on, length))
+        choice = Choice(task.data.train_on_roles, task.data.train_on_last_turn)
+        self._samples = dict(task.encode(dict(enumerate(task.examples)), task.data.loss_on, length, choice))
 
     def run(self) -> None:
         """Fill loss, num_labelled_tokens and num_labelled_characters."""

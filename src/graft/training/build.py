@@ -187,8 +187,8 @@ def train(
 
     Args:
         base: What `graft.load` returned, or a name to load.
-        data: Training data: a file, a directory, "hub:owner/name", or any iterable of dicts (of texts), which is
-            read once. A run on rows from Python cannot be resumed: they are in no file.
+        data: Training data: a file, a directory, "hub:owner/name", or any iterable of dicts (or texts), which
+            is read once. A run on rows from Python cannot be resumed: they are in no file.
         output: The run directory to make.
         eval_data: Evaluation data, the same.
         data_config: How the data is read, cut and packed.

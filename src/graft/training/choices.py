@@ -10,8 +10,9 @@ from torch import nn
 from graft.adapters import attached
 from graft.adapters.attached import Adapter, active_adapters, active_weights, adapters_of
 from graft.config import to_dict
-from graft.data.loader import Kind, Loader
+from graft.data.loader import Loader
 from graft.data.prepare import Dataset
+from graft.data.samples import Kind
 from graft.errors import TrainingError
 from graft.evaluate.preferences import PreferenceLoss
 from graft.kernels.wide import is_wide

@@ -25,8 +25,7 @@ from graft.data.loader import Batch
 from graft.data.preferences import PLAIN, prepare_pairs
 from graft.data.prepare import Dataset, prepare
 from graft.data.quarantine import Quarantine
-from graft.data.reading import num_rows
-from graft.data.report import shorten_sample
+from graft.data.report import num_rows, shorten_sample
 from graft.data.sources import IN_MEMORY, Source
 from graft.data.splits import Read, prepare_splits
 from graft.errors import ConfigError
@@ -37,7 +36,7 @@ from graft.models.load import BaseModel, load, load_tokenizer
 from graft.models.locate import rooted_name
 from graft.quant.advice import advice
 from graft.quant.linear import quantized_modules
-from graft.training.choices import make_loader, objective
+from graft.training.choices import make_loader, objective, sample_kind
 from graft.training.config import RunConfig
 from graft.training.monitors import Monitor
 
@@ -165,8 +164,7 @@ def _splits(
         config.data,
         seed=config.training.seed,
         read=read,
-        size=2 if read is prepare_pairs else 1,
-        train_first=config.task == "classification",
+        kind=sample_kind(config),
         given=given,
         quarantine=quarantine,
     )

@@ -63,6 +63,10 @@ class Job:
     steering: Steering | None = None
 
 
+MOST_COUNTED = 100
+"""Epochs whose batches are counted where they differ; more are as long as these on average."""
+
+
 def num_steps(loader: Loader, config: TrainingConfig) -> int:
     """Optimizer steps of a whole run; a part of an epoch is rounded up to whole steps."""
     if config.max_steps is not None:
@@ -72,5 +76,7 @@ def num_steps(loader: Loader, config: TrainingConfig) -> int:
     if loader.is_even:
         per_epoch = math.ceil(loader.num_batches() / size)
         return max(1, per_epoch * int(whole) + math.ceil(per_epoch * part))
-    steps = [math.ceil(loader.num_batches(epoch) / size) for epoch in range(math.ceil(config.num_epochs))]
-    return max(1, sum(steps[: int(whole)]) + (math.ceil(steps[-1] * part) if part else 0))
+    counted = range(min(math.ceil(config.num_epochs), MOST_COUNTED))
+    steps = [math.ceil(loader.num_batches(epoch) / size) for epoch in counted]
+    average = sum(steps[: int(whole)] or steps) / len(steps[: int(whole)] or steps)
+    return max(1, round(average * int(whole)) + math.ceil(steps[-1] * part))

@@ -121,6 +121,6 @@ def test_a_part_held_out_has_the_labels_of_the_whole(tmp_path: Path, tokenizer: 
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps(row(f"t{n}", f"l{n % 7}")) + "\n" for n in range(20)))
     config = DataConfig(train=str(path), eval_fraction=0.2)
-    train, held_out = prepare_splits(tokenizer, config, read=ClassReader())
+    train, held_out = prepare_splits(tokenizer, config, read=ClassReader(), kind="class")
     assert held_out is not None
     assert train.labels == held_out.labels == tuple(f"l{n}" for n in range(7))

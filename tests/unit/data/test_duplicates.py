@@ -263,3 +263,14 @@ def test_places_come_back_as_they_were() -> None:
     places = Places()
     places.extend(names)
     assert [places[i] for i in range(len(names))] == names
+
+
+def test_a_copy_of_a_near_duplicate_is_told_with_the_row_that_stays() -> None:
+    words = [f"w{i}" for i in range(60)]
+    near = " ".join([*words[:59], "other"])
+    rows = [pair("p", " ".join(words), 1), pair("p", near, 2), pair("p", near, 3)]
+    for size in (1, 2, 3):
+        duplicates = Duplicates("near")
+        found = [place for i in range(0, 3, size) for place in duplicates.find_all(rows[i : i + size])]
+        assert found == [None, "a.jsonl:1", "a.jsonl:1"]
+        assert (duplicates.num_exact, duplicates.num_near) == (0, 2)

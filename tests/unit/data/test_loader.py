@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
 from graft.data.loader import Loader, rounded_length
 from graft.data.masking import IGNORED, Sample
+from graft.data.store import Listed
 
 
 def samples(*lengths: int) -> list[Sample]:
@@ -65,3 +69,38 @@ def test_the_width_of_a_batch_stays_within_max_length() -> None:
     samples = [Sample(list(range(100)), [-100, *range(1, 100)])]
     assert next(Loader(samples, 1, 100, packing=True).epoch(0)).input_ids.shape == (1, 100)
     assert next(Loader(samples, 1, 512, packing=True).epoch(0)).input_ids.shape == (1, rounded_length(100))
+
+
+class Drawn(Listed):
+    """Samples of which each epoch has some."""
+
+    def __init__(self, rows: list[Sample], draws: dict[int, list[int]]) -> None:
+        super().__init__(rows)
+        self._draws = draws
+
+    def drawn(self, epoch: int) -> Any:
+        return np.array(self._draws[epoch])
+
+
+def test_drawn_samples_are_those_of_the_epoch_with_their_repeats() -> None:
+    rows = samples(3, 2, 4, 5)
+    drawn = {0: [2, 0, 0, 3], 1: [1, 1, 1, 1, 1, 0]}
+    for packing, shuffle in [(True, True), (True, False), (False, True), (False, False)]:
+        loader = Loader(Drawn(rows, drawn), 2, 9, packing, shuffle=shuffle)
+        for epoch in (0, 1, 0):
+            found = [index for row in order(loader, epoch) for index in row]
+            assert sorted(found) == sorted(drawn[epoch])
+            assert loader.num_batches(epoch) == len(list(loader.epoch(epoch)))
+        if not packing and not shuffle:
+            assert order(loader, 0) == [[2], [0], [0], [3]]
+            assert (loader.num_batches(0), loader.num_batches(1)) == (2, 3)
+    assert not loader.is_even
+    assert Loader(rows, 2, 9, packing=True).is_even
+
+
+def test_drawn_pairs_stay_together() -> None:
+    rows = Drawn(samples(3, 3, 2, 2), {0: [2, 3, 0, 1, 2, 3]})
+    loader = Loader(rows, 1, 6, packing=True, kind="pair")
+    assert sorted(index for row in order(loader, 0) for index in row) == [0, 1, 2, 2, 3, 3]
+    for row in order(loader, 0):
+        assert all(second == first + 1 for first, second in zip(row[::2], row[1::2], strict=True))

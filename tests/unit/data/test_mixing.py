@@ -11,6 +11,7 @@ import pytest
 
 from graft.data.mixing import Joined, Mixture, shares
 from graft.data.samples import Sample
+from graft.data.store import held
 
 SIZES = {"domain": 30, "general": 170}
 
@@ -77,9 +78,20 @@ def test_an_epoch_follows_from_seed_and_number_alone() -> None:
 
 def test_sources_take_turns_within_an_epoch() -> None:
     mixture = Mixture(lengths(), {"domain": 0.25, "general": 0.75}, shuffle=False)
-    found = sources_of(mixture(0))
-    for begin in range(0, 200, 40):
-        assert abs((found[begin : begin + 40] == 0).sum() - 10) <= 1
+    for epoch in (0, 1, 2):
+        found = sources_of(mixture(epoch))
+        for begin in range(0, 200, 40):
+            assert abs((found[begin : begin + 40] == 0).sum() - 10) <= 1
+
+
+@pytest.mark.parametrize("by", ["examples", "tokens"])
+def test_each_round_of_a_source_has_another_order(by: Any) -> None:
+    mixture = Mixture(lengths(), {"domain": 0.5, "general": 0.5}, by=by)
+    drawn = np.concatenate([mixture(epoch) for epoch in range(2)])
+    domain = drawn[drawn < 30]
+    first, second = domain[:30].tolist(), domain[30:60].tolist()
+    assert sorted(first) == sorted(second) == list(range(30))
+    assert first != second
 
 
 def test_without_shuffling_each_source_is_in_its_order() -> None:
@@ -121,7 +133,7 @@ def test_joined_samples_are_those_of_the_parts() -> None:
         [Sample([i] * (i + 1), [i] * (i + 1)) for i in range(begin, end)]
         for begin, end in ((0, 3), (3, 3), (3, 5))
     ]
-    joined, plain = Joined(parts), [sample for part in parts for sample in part]
+    joined, plain = Joined([held(part) for part in parts]), [sample for part in parts for sample in part]
     assert len(joined) == 5
     assert list(joined) == plain
     assert [joined[i] for i in range(-5, 5)] == [plain[i] for i in range(-5, 5)]

@@ -184,7 +184,7 @@ def test_holding_out_keeps_pairs_whole(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"prompt": f"{n}: ", "chosen": "good", "rejected": "bad"} for n in range(20)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = DataConfig(train=str(path), eval_fraction=0.25)
-    train, held_out = prepare_splits(tokenizer, config, read=prepare_pairs, size=2)
+    train, held_out = prepare_splits(tokenizer, config, read=prepare_pairs, kind="pair")
     assert held_out is not None
     assert (len(train.samples), len(held_out.samples)) == (30, 10)
     for data in (train, held_out):

@@ -87,7 +87,7 @@ def test_findings_are_counted_and_told_with_their_first_place() -> None:
     assert sanity.counts["blank_answer"] == 2
     told = sanity.told(dropped=["blank_answer"])
     assert told[0] == f"2 rows left out: {FINDINGS['blank_answer']} (blank_answer; the first: a:2)"
-    assert told[1] == f"1 row {FINDINGS['placeholder']} (placeholder; the first: a:3)"
+    assert told[1] == f"1 row: {FINDINGS['placeholder']} (placeholder; the first: a:3)"
 
 
 TEXTS = {
