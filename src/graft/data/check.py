@@ -119,16 +119,20 @@ def _told_places(report: Report, split: Split) -> dict[str, tuple[Place, ...]]:
     found = {"rejected": tuple(Place(where, why) for where, why in report.rejected[:MOST_PLACES])}
     for kind, name in TOLD.items():
         pairs = [pair.partition(" = ") for pair in report.places.get(kind, ())[:MOST_PLACES]]
-        found[name] = tuple(Place(where, f"as {other}" if other else name) for where, _, other in pairs)
+        found[name] = tuple(Place(where, _like(other) if other else name) for where, _, other in pairs)
     if split.name == "evaluation" and split.against is not None:
         pairs = [pair.partition(" = ") for pair in split.against.report.places.get("overlap", ())]
         earlier: dict[str, str] = {}
         for other, _, where in pairs:
             earlier.setdefault(where, other)
         found["overlap"] = tuple(
-            Place(where, f"as {other}") for where, other in [*earlier.items()][:MOST_PLACES]
+            Place(where, _like(other)) for where, other in [*earlier.items()][:MOST_PLACES]
         )
     return {name: places for name, places in found.items() if places}
+
+
+def _like(where: str) -> str:
+    return f"as {where.rpartition('/')[2]}"
 
 
 def _indexed(place: Place, tally: Tally, kind: Kind) -> Place:

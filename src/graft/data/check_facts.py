@@ -92,7 +92,7 @@ class Facts:
             labelled", "truncated".
         raw: The rows at places, as they stand in the file.
         notes: What the report tells besides.
-        error: Why a run with these settings stops at a row; "" where it does not; `error_fix` what to do then.
+        error: Why a run with these settings stops at a row, "" where it does not; `error_fix` what to do.
     """
 
     split: str
