@@ -183,7 +183,11 @@ def test_differences_of_prefixes_equal_generation_marks(name: str, gpt2: Any) ->
 
 
 TWINS = {
-    "chatml": (r"'<|im_start|>' + message['role'] + '\n'", r"message['content'] | trim + '<|im_end|>", r"\n'"),
+    "chatml": (
+        r"'<|im_start|>' + message['role'] + '\n'",
+        r"message['content'] | trim + '<|im_end|>",
+        r"\n'",
+    ),
     "llama-2-chat": ("", "' ' + content | trim + ' ' + eos_token", ""),
     "llama-3-instruct": (
         r"'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'",

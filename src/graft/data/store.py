@@ -212,7 +212,7 @@ class StoreWriter:
         control_ids: Tokens that end an answer or a text where they are learned last.
         directory: Where the columns become files; without one they stay in memory, and go to nameless files
             in the system's temporary directory when they grow.
-        spill_bytes: How large they grow before.
+        spill_bytes: How large they grow before; SPILL_BYTES if left out.
 
     Raises:
         StorageError: The disk is full, from any of the methods.
@@ -223,12 +223,12 @@ class StoreWriter:
         num_ids: int,
         control_ids: Collection[int],
         directory: Path | None = None,
-        spill_bytes: int = SPILL_BYTES,
+        spill_bytes: int | None = None,
     ) -> None:
         self.token_dtype: np.dtype[Any] = np.dtype("<u2" if num_ids <= 1 << 16 else "<i4")
         self.remarks: dict[tuple[str, ...], int] = {(): 0}
         self._control_ids = control_ids
-        self._spill_bytes = spill_bytes
+        self._spill_bytes = SPILL_BYTES if spill_bytes is None else spill_bytes
         self._columns: dict[str, Column] = {name: Column.new(name, directory) for name in COLUMNS}
         self._in_memory = directory is None
         self._ends = {"token": 0, "span": 0, "place": 0}

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from graft.data import cache
+from graft.data import cache, cleaning, store
 from graft.data.config import DataConfig
 from graft.data.listener import SILENT
+from graft.data.loader import Loader
 from graft.data.prepare import Dataset, prepare
+from graft.data.quarantine import Quarantine
+from graft.data.splits import prepare_splits
 from graft.models.load import load_tokenizer
 
 ROWS = [{"prompt": f"Question {number}?", "completion": f"Answer {number % 7}."} for number in range(40)]
@@ -172,3 +177,91 @@ def test_two_processes_at_once_make_one_entry(
     assert results[0][0] == content(prepare(str(data), tokenizer, DataConfig(cache=False)))
     assert len(entries(tmp_path)) == 1
     assert not list((tmp_path / "kept").glob(".*"))
+
+
+def twins(tmp_path: Path) -> tuple[str, str]:
+    """Two files of which the second has rows of the first."""
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    first.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:20]))
+    second.write_text("".join(json.dumps(row) + "\n" for row in ROWS[10:]))
+    return str(first), str(second)
+
+
+def places(dataset: Dataset | None) -> list[str]:
+    assert dataset is not None
+    return [sample.where for sample in dataset.samples]
+
+
+@pytest.mark.parametrize("kept", ["none", "first", "both"])
+def test_rows_are_compared_with_files_whose_tokens_were_kept(
+    data: Path, tokenizer: Any, tmp_path: Path, kept: str
+) -> None:
+    first, second = twins(tmp_path)
+    mix = {first: 1.0, second: 1.0}
+    asked = settings(tmp_path, mix=mix, deduplicate="exact")
+    plain, _ = prepare_splits(tokenizer, DataConfig(mix=mix, deduplicate="exact", cache=False))
+    if kept != "none":
+        prepare_splits(tokenizer, asked)
+    if kept == "first":
+        for entry in entries(tmp_path):
+            if "second.jsonl" in (entry / "dataset.json").read_text():
+                shutil.rmtree(entry)
+        assert len(entries(tmp_path)) == 1
+    found, _ = prepare_splits(tokenizer, asked)
+    assert places(found) == places(plain)
+    assert len(found.samples) == 40
+    assert found.report.removed == plain.report.removed == {"duplicate": 10}
+    assert len(entries(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_overlap_with_evaluation_data_is_known_from_the_cache(
+    data: Path, tokenizer: Any, tmp_path: Path, again: bool
+) -> None:
+    first, second = twins(tmp_path)
+    asked = settings(tmp_path, train=first, eval=second, overlap="drop")
+    if again:
+        prepare_splits(tokenizer, asked)
+    train, held_out = prepare_splits(tokenizer, asked)
+    assert held_out is not None
+    assert places(train) == [f"{first}:{line}" for line in range(1, 11)]
+    assert held_out.report.num_overlap == 10
+    # Other evaluation data leaves other rows: it is another entry.
+    Path(second).write_text("".join(json.dumps(row) + "\n" for row in ROWS[5:]))
+    train, held_out = prepare_splits(tokenizer, asked)
+    assert places(train) == [f"{first}:{line}" for line in range(1, 6)]
+
+
+def test_rows_left_out_are_known_from_the_cache(data: Path, tokenizer: Any, tmp_path: Path) -> None:
+    data.write_text(data.read_text() + "not json\n" + '{"prompt": 1, "completion": "a"}\n')
+    found = []
+    for _ in range(2):
+        with Quarantine() as quarantine:
+            prepare(str(data), tokenizer, settings(tmp_path, skip_invalid=True), quarantine=quarantine)
+            quarantine.save(tmp_path / "left.jsonl")
+            found.append((quarantine.count, (tmp_path / "left.jsonl").read_text()))
+    assert found[0] == found[1]
+    assert found[0][0] == 2
+
+
+def test_memory_does_not_follow_the_number_of_rows(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten times the rows, and less than a hundred bytes more for each."""
+    monkeypatch.setattr(store, "SPILL_BYTES", 1 << 16)
+    monkeypatch.setattr(cleaning, "LOOKED_AT", 1_000)
+    text = "A question that is as long as questions are, with a number in it: "
+    peaks = []
+    for count in (6_000, 6_000, 24_000):
+        path = tmp_path / f"{count}.jsonl"
+        with path.open("w") as file:
+            for number in range(count):
+                row = {"prompt": f"{text}{number}", "completion": f"{text}{number}"}
+                file.write(json.dumps(row) + "\n")
+        tracemalloc.start()
+        found = prepare(str(path), tokenizer, DataConfig())
+        loader = Loader(found.samples, 4, 512, packing=True)
+        assert sum(batch.num_tokens for batch in loader.epoch(0)) == found.report.num_tokens
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] - peaks[1] < 100 * 18_000
