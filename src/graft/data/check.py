@@ -12,10 +12,11 @@ from graft.data.check_tally import MOST_CHOSEN, MOST_PLACES, Progress, Tally
 from graft.data.config import DataConfig
 from graft.data.findings import FINDINGS
 from graft.data.formats import CHAT_FORMATS
-from graft.data.loader import Kind, Loader
+from graft.data.loader import Loader
 from graft.data.masking import Encoder
 from graft.data.prepare import Dataset
 from graft.data.report import Report
+from graft.data.samples import Kind
 
 UNKNOWN_NOTE = "characters that the tokenizer does not know: "
 """How a report begins to tell of them."""

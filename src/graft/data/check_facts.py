@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graft.data.check_bins import bins, width_of
-from graft.data.loader import Kind
+from graft.data.samples import Kind
 
 
 @dataclass(frozen=True)

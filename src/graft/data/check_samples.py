@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graft.data.loader import Kind
 from graft.data.masking import Encoder
-from graft.data.samples import IGNORED, Sample
+from graft.data.samples import IGNORED, Kind, Sample
 
 PLAIN, LEARNED, CONTROL, END = 0, 1, 2, 4
 """Flags of a token, to be added: learned, a control token, the end of something learned."""
