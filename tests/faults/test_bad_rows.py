@@ -132,7 +132,7 @@ def test_a_bad_line_is_named_or_left_out(
         ({"content": "x"}, "not known"),
         ({"role": "user", "content": 5}, "content must be text"),
         ({"role": "user"}, "content must be text"),
-        ({"role": "user", "content": [{"type": "image", "url": "x"}]}, "something else than text"),
+        ({"role": "user", "content": [{"type": "audio", "url": "x"}]}, "something else than text"),
         ("hello", "must be an object"),
     ],
 )

@@ -106,6 +106,13 @@ def arrow(path: Path, *, stream: bool, rows: int = 3, twice: bool = False) -> No
         file.write_table(made, max_chunksize=2)
 
 
+def wrong_offsets(path: Path) -> None:
+    arrow(path, stream=True, rows=2)
+    data, sound = path.read_bytes(), b"".join(n.to_bytes(4, "little") for n in (0, 5, 10))
+    assert data.count(sound) == 1
+    path.write_bytes(data.replace(sound, sound[:8] + (1 << 30).to_bytes(4, "little")))
+
+
 def two_kinds(path: Path) -> None:
     path.mkdir()
     (path / "train.jsonl").write_bytes(LA)
@@ -258,6 +265,7 @@ COLUMNS = [
     Case("file.arrow", lambda path: arrow(path, stream=False), [{"text": f"row {n}"} for n in range(3)]),
     Case("stream.arrow", lambda path: arrow(path, stream=True), [{"text": f"row {n}"} for n in range(3)]),
     Case("file.feather", lambda path: arrow(path, stream=False), [{"text": f"row {n}"} for n in range(3)]),
+    Case("offsets.arrow", wrong_offsets, [{"text": "row 0"}], "the row is damaged", ":2"),
     whole("twice.arrow", lambda path: arrow(path, stream=True, twice=True), "is there twice"),
     whole("no.arrow", b"not arrow at all, but long enough", "not a sound arrow file"),
     whole("old.feather", b"FEA1" + bytes(20), "version 1"),
@@ -327,6 +335,19 @@ def test_a_file_gives_its_rows_or_an_error_with_its_place(case: Case, tmp_path: 
     assert caught.value.fix
 
 
+@pytest.mark.parametrize("piece", [3, 8, 1 << 18])
+def test_a_number_in_a_list_is_one_wherever_the_file_is_cut(
+    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graft.data.json_window._PIECE", piece)
+    path = tmp_path / "rows.json"
+    path.write_bytes(b"[1234567890, " + LA + b", 12345678901234]")
+    refused: list[tuple[str, str]] = []
+    rows = list(read_rows(path, on_invalid=lambda error, raw: refused.append((error.where, raw))))
+    assert [row.value for row in rows] == [A]
+    assert refused == [(f"{path}:1:2", "1234567890"), (f"{path}:1:{len(LA) + 16}", "12345678901234")]
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.error], ids=lambda case: case.name)
 def test_skipping_leaves_out_rows_but_never_a_part_of_a_file(case: Case, tmp_path: Path) -> None:
     path = written(case, tmp_path)
@@ -356,7 +377,7 @@ MEANINGS: list[tuple[str, Any, str, str]] = [
     ("number-role", {"messages": [{"role": 3, "content": "x"}]}, "role 3 is not known", ":2, message 1"),
     ("null-content", turns("user", "assistant", content=None), "content must be text", ":2, message 1"),
     ("number-content", turns("user", "assistant", content=5), "content must be text", ":2, message 1"),
-    ("image-content", turns("user", content=[{"type": "image"}]), "else than text", ":2, message 1"),
+    ("sound-content", turns("user", content=[{"type": "audio"}]), "else than text", ":2, message 1"),
     ("text-message", {"messages": ["hello"]}, "must be an object", ":2, message 1"),
     ("many-turns", turns(*["user", "assistant"] * 500, "user"), "1,001 messages", ":2"),
     ("json-text", {"messages": json.dumps(TURNS)}, "no list of messages", ":2"),

@@ -182,6 +182,59 @@ def test_differences_of_prefixes_equal_generation_marks(name: str, gpt2: Any) ->
         assert sample.labels == expected
 
 
+TWINS = {
+    "chatml": (r"'<|im_start|>' + message['role'] + '\n'", r"message['content'] | trim + '<|im_end|>", r"\n'"),
+    "llama-2-chat": ("", "' ' + content | trim + ' ' + eos_token", ""),
+    "llama-3-instruct": (
+        r"'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'",
+        "message['content'] | trim + '<|eot_id|>'",
+        "",
+    ),
+    "mistral-instruct": ("", "' ' + message['content'] | trim + eos_token", ""),
+    "gemma-it": (r"'<start_of_turn>' + role + '\n'", "content | trim + '<end_of_turn>", r"\n'"),
+    "phi-3": (r"'<|' + message['role'] + '|>\n'", "message['content'] | trim + '<|end|>'", r"'\n'"),
+    "zephyr": (r"'<|' + message['role'] + '|>\n'", "message['content'] | trim + eos_token", r"'\n'"),
+    "qwen2.5-instruct": ("'<|im_start|>' + message.role + '\n'", "message.content + '<|im_end|>'", "'\n'"),
+}
+"""Of each template what it writes before an answer, as the answer and its end, and after it."""
+
+
+def marked_twin(source: str, name: str) -> str:
+    """The same template with {% generation %} around an answer and its end."""
+    before, answer, after = TWINS[name]
+    one_text = bool(after) and not after.startswith("'")  # end and line end are one text in the template
+    old = (f"{before} + " if before else "") + answer + ("" if one_text or not after else " + ") + after
+    assert old in source
+    if one_text:
+        answer, after = f"{answer}'", f"'{after}"
+    marked = f"{{% generation %}}{{{{ {answer} }}}}{{% endgeneration %}}"
+    twin = f"{{{{ {before or repr('')} }}}}{marked}{{{{ {after or repr('')} }}}}"
+    place = source.index(old)
+    begin, end = source.rindex("{{", 0, place), source.index("}}", place) + 2
+    written = source[begin:end]
+    space = "-" if written.startswith("{{-") else ""
+    role = f"{{%{space} if message['role'] == 'assistant' %}}"
+    return f"{source[:begin]}{role}{twin}{{% else %}}{written}{{% endif %}}{source[end:]}"
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_mask_is_the_same_with_marks_and_without(shared: Path, name: str, gpt2: Any) -> None:
+    source = template(shared, name)
+    twin = marked_twin(source, name)
+    assert gpt2.apply_chat_template(CHAT, chat_template=twin, tokenize=False) == gpt2.apply_chat_template(
+        CHAT, chat_template=source, tokenize=False
+    )
+    with_marks, without = (sample_of(encoder_of(gpt2, each), CHAT) for each in (twin, source))
+    assert with_marks == without
+    peer = gpt2.apply_chat_template(CHAT, chat_template=twin, return_assistant_tokens_mask=True)
+    if without.input_ids == list(peer["input_ids"]):
+        pairs = zip(peer["input_ids"], peer["assistant_masks"], strict=True)
+        assert without.labels == [id if learned else IGNORED for id, learned in pairs]
+    else:
+        # gpt2 reads "\n\n" as one token, but "\n\nOn" as three, so that a token spans the begin of the answer.
+        assert name == "llama-3-instruct"
+
+
 def test_a_mark_that_stops_before_the_closing_is_extended(gpt2: Any) -> None:
     short = MARKED["chatml"].replace(
         "m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}",

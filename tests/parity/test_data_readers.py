@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from graft.data.sources import read_rows
+from graft.errors import DataError
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
@@ -138,3 +139,21 @@ def test_the_real_datasets_package_streams_a_local_data_set(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     assert values("hub:owner/name") == TEXTS[:50]
+
+
+@pytest.mark.parametrize("piece", [5, 64, 1 << 20])
+@pytest.mark.parametrize("newline", ["", "\n"])
+@pytest.mark.parametrize("bad", ['{"a": tru}', '{"a" 1}', '{"a": "\t"}', '{"a": 1,}', "{'a': 1}", '{"a": "b'])
+def test_a_broken_list_is_told_at_the_place_that_json_tells(
+    tmp_path: Path, piece: int, newline: str, bad: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graft.data.json_window._PIECE", piece)
+    path = tmp_path / "rows.json"
+    text = "[" + f",{newline}".join([*(json.dumps(row, ensure_ascii=False) for row in TEXTS[:40]), bad]) + "]"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(json.JSONDecodeError) as peer:
+        json.loads(text)
+    with pytest.raises(DataError) as caught:
+        values(path)
+    assert caught.value.where == f"{path}:{peer.value.lineno}:{peer.value.colno}"
+    assert peer.value.msg in caught.value.what

@@ -43,8 +43,8 @@ class Overlap:
     Attributes:
         num_train: Training rows that were found in the evaluation data.
 
-    Cost: 10 microseconds a training row, 30 with near duplicates, 5 more with n-grams; memory follows the
-        evaluation data: 40 bytes a row, 400 with near duplicates, 16 bytes a word with n-grams.
+    Cost: a microsecond a training row, 15 with near duplicates or n-grams; memory follows the evaluation
+        data: 40 bytes a row, 400 with near duplicates, 16 bytes a word with n-grams.
     """
 
     def __init__(self, by: By = "exact", threshold: float = 0.8) -> None:
