@@ -144,7 +144,9 @@ def truncated(facts: Facts, threshold: float) -> Told:
     count = _of(facts.num_truncated, facts.num_used, "rows")
     return (
         f"{count} are cut at max_length {facts.max_length:,}",
-        f"the end of their answers is missing, the end token with it{_no_stop(facts)}",
+        f"the end of their answers is missing, the end token with it{_no_stop(facts)}"
+        if facts.on_overlong == "truncate"
+        else "what their prompts or conversations begin with is missing",
         _longer(facts),
     )
 

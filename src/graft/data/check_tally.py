@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 
 from graft.data.check_facts import Place
 from graft.data.masking import Encoder
-from graft.data.samples import CONTROL_AS_TEXT, SPLIT, TRUNCATED, Kind, Range, Sample
+from graft.data.samples import CONTROL_AS_TEXT, SPLIT, Kind, Range, Sample
 
 MOST_PLACES = 50
 """Places that are kept of each kind of problem."""
 MOST_CHOSEN = 20
 """Samples that are kept of each choice: longest, shortest, ..."""
+CUT = "cut at max_length"
+"""How the remarks begin that say that a part of a row is missing."""
 MOST_MEASURED = 1000
 """Truncated rows whose whole length is measured."""
 
@@ -79,7 +81,7 @@ class Tally:
         self._lengths[index], self._labelled[index] = len(ids), sum(end - begin for begin, end in learned)
         if sample.where in self.indexes:
             self.indexes[sample.where].append(index)
-        cut = TRUNCATED in sample.remarks
+        cut = any(remark.startswith(CUT) for remark in sample.remarks)
         if cut:
             self._note("truncated", index, sample, f"cut at {len(ids):,} tokens")
             if len(self.truncated) < MOST_MEASURED:

@@ -334,3 +334,13 @@ def test_cleaning_and_mixtures_are_seen(check: Any, tmp_path: Path) -> None:
         given.put(name, value, "the test")
     mixed = check_data(build(RunConfig, given)).facts[0]
     assert mixed.num_rows == mixed.num_looked_at == 80
+
+
+def test_rows_cut_on_the_left_lose_no_end(check: Any) -> None:
+    rows = [{"prompt": said(n, 100), "completion": said(n + 3000, 9)} for n in range(20)]
+    found = check(rows, **{"data.max_length": 128, "data.on_overlong": "truncate_left"})
+    facts = found.facts[0]
+    assert (facts.num_truncated, facts.num_without_end) == (20, 0)
+    assert len(facts.chosen["truncated"]) == 20
+    assert found.findings[0].rule == "truncated"
+    assert "begin with is missing" in found.findings[0].why
