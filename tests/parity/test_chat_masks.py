@@ -183,7 +183,11 @@ def test_differences_of_prefixes_equal_generation_marks(name: str, gpt2: Any) ->
 
 
 TWINS = {
-    "chatml": (r"'<|im_start|>' + message['role'] + '\n'", r"message['content'] | trim + '<|im_end|>", r"\n'"),
+    "chatml": (
+        r"'<|im_start|>' + message['role'] + '\n'",
+        r"message['content'] | trim + '<|im_end|>",
+        r"\n'",
+    ),
     "llama-2-chat": ("", "' ' + content | trim + ' ' + eos_token", ""),
     "llama-3-instruct": (
         r"'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'",
@@ -231,7 +235,7 @@ def test_a_mask_is_the_same_with_marks_and_without(shared: Path, name: str, gpt2
         pairs = zip(peer["input_ids"], peer["assistant_masks"], strict=True)
         assert without.labels == [id if learned else IGNORED for id, learned in pairs]
     else:
-        # gpt2 reads "\n\n" as one token, but "\n\nOn" as three, so that a token spans the begin of the answer.
+        # gpt2 reads "\n\n" as one token, but "\n\nOn" as three: a token spans the begin of the answer.
         assert name == "llama-3-instruct"
 
 

@@ -1,4 +1,4 @@
-"""For any conversation: the quick way finds what the exact way finds, and masks and cuts keep what they say."""
+"""For any conversation: the quick way finds what the exact way finds, masks and cuts keep what they say."""
 
 from __future__ import annotations
 
@@ -17,12 +17,25 @@ from graft.data.samples import CUT_LEFT, OLDER_CUT, PARTED
 from graft.data.templates import read_template
 from graft.data.turns import Choice
 
-CONTROLS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>",
-            "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|end|>"]  # fmt: skip
-NAMES = ["chatml", "qwen2.5-instruct", "llama-3-instruct", "llama-2-chat", "mistral-instruct", "gemma-it", "phi-3", "zephyr"]
+CONTROLS = [
+    "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|end|>",
+]  # fmt: skip
+NAMES = [
+    "chatml",
+    "qwen2.5-instruct",
+    "llama-3-instruct",
+    "llama-2-chat",
+    "mistral-instruct",
+    "gemma-it",
+    "phi-3",
+    "zephyr",
+]
 THINKING = (
-    "{% for m in messages %}{% set c = m.content %}{% if m.role == 'assistant' and '</think>' in c and not loop.last %}"
-    "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}{{ '<|im_start|>' + m.role + '\n' + c + '<|im_end|>\n' }}"
+    "{% for m in messages %}{% set c = m.content %}"
+    "{% if m.role == 'assistant' and '</think>' in c and not loop.last %}"
+    "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + c + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )  # fmt: skip
 TALKING = (
@@ -32,13 +45,14 @@ TALKING = (
 )
 MARKED = TALKING.replace(
     "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}",
-    "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}{% endgeneration %}"
     "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}",
 )
 OWN = {"thinking": THINKING, "talking": TALKING, "marked": MARKED}
 words = st.sampled_from(
-    ["a", "cat", " dog", "\n", " ", "é", "👍🏽", "</think>", "<think>", "/quiet", "user", "[INST]", "<|im_end|>", "</s>",
-     "assistant", "\n\n", "1", "  ", "<", "|>", "?"]
+    ["a", "cat", " dog", "\n", " ", "é", "👍🏽", "</think>", "<think>", "/quiet", "user", "[INST]",
+     "<|im_end|>", "</s>", "assistant", "\n\n", "1", "  ", "<", "|>", "?"]
 )  # fmt: skip
 texts = st.lists(words, min_size=1, max_size=6).map("".join)
 turns = st.lists(texts, min_size=1, max_size=7)
@@ -56,7 +70,9 @@ def tokenizer(shared: Path) -> Any:
     from transformers import AutoTokenizer
 
     made = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
-    made.add_special_tokens({"additional_special_tokens": CONTROLS[2:], "bos_token": "<s>", "eos_token": "</s>"})
+    made.add_special_tokens(
+        {"additional_special_tokens": CONTROLS[2:], "bos_token": "<s>", "eos_token": "</s>"}
+    )
     return made
 
 
@@ -64,7 +80,9 @@ def chat_of(system: str | None, contents: list[str], flags: dict[int, bool], pla
     messages = [{"role": "system", "content": system}] if system else []
     for number, content in enumerate(contents):
         messages.append({"role": ("user", "assistant")[number % 2], "content": content})
-    return Conversation(messages, f"rows:{place}", flags={i: f for i, f in flags.items() if i < len(messages)})
+    return Conversation(
+        messages, f"rows:{place}", flags={i: f for i, f in flags.items() if i < len(messages)}
+    )
 
 
 def source_of(shared: Path, name: str) -> str:
@@ -82,7 +100,9 @@ _TEXTS: dict[int, Any] = {}
 
 
 @quick
-@pytest.mark.parametrize("choice", [Choice(), Choice(last=True), Choice(("user", "assistant"))], ids=["answers", "last", "both"])
+@pytest.mark.parametrize(
+    "choice", [Choice(), Choice(last=True), Choice(("user", "assistant"))], ids=["answers", "last", "both"]
+)
 @pytest.mark.parametrize("name", [*NAMES, *OWN])
 @given(made=st.lists(chats, min_size=12, max_size=24))
 def test_the_quick_way_gives_what_the_exact_way_gives(
@@ -142,8 +162,14 @@ def test_a_mask_is_the_chosen_answers_and_their_ends(tokenizer: Any, made: Any) 
 
 
 @quick
-@given(made=chats, max_length=st.integers(8, 60), policy=st.sampled_from(["truncate", "truncate_left", "split", "drop", "error"]))
-def test_no_policy_gives_more_than_max_length(tokenizer: Any, made: Any, max_length: int, policy: str) -> None:
+@given(
+    made=chats,
+    max_length=st.integers(8, 60),
+    policy=st.sampled_from(["truncate", "truncate_left", "split", "drop", "error"]),
+)
+def test_no_policy_gives_more_than_max_length(
+    tokenizer: Any, made: Any, max_length: int, policy: str
+) -> None:
     chat, encoder = chat_of(*made), encoder_of(tokenizer, TALKING)
     (whole,) = encoder.encode([chat], 10_000)
     (found,) = encoder.encode([chat], max_length, policy)
@@ -181,9 +207,13 @@ def test_a_cut_from_the_left_keeps_the_answer_and_the_beginning(
 ) -> None:
     encoder = stories(tinystories)
     ((whole,), found) = (
-        next(encoder.encode([Pair(prompt, completion, "row 1")], length, "truncate_left"))
-        for length in (10_000, max_length)
-    ) if completion.strip() else ((None,), None)
+        (
+            next(encoder.encode([Pair(prompt, completion, "row 1")], length, "truncate_left"))
+            for length in (10_000, max_length)
+        )
+        if completion.strip()
+        else ((None,), None)
+    )
     if whole is None:
         return
     head, answer = len(encoder.text.bos_ids), whole.learned[0][0]

@@ -1,4 +1,4 @@
-"""Which messages are learned: by role, by place, by what the row says; and what no template is asked to write."""
+"""Which messages are learned: by role, by place, by what the row says; odd messages are refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def tokenizer(tinystories: Path) -> Any:
 
 
 def chat(**flags: Any) -> list[dict[str, Any]]:
-    return [{"role": role, "content": f"the {role} said {n}", **flags.get(f"m{n}", {})} for n, role in enumerate(ROLES)]
+    return [
+        {"role": role, "content": f"the {role} said {n}", **flags.get(f"m{n}", {})}
+        for n, role in enumerate(ROLES)
+    ]
 
 
 def learned(tokenizer: Any, messages: list[dict[str, Any]], choice: Choice | None = None) -> list[int]:
@@ -132,7 +135,10 @@ def test_rows_for_another_kind_of_training_name_it(columns: dict[str, Any], what
         ([{"role": "user", "content": {"a": 1}}], "content must be text"),
         ([{"role": "user", "value": "q"}], "'role' and 'value'"),
         ([{"role": "assistant", "content": "", "tool_calls": "find()"}], "tool_calls must be a list"),
-        ([{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": 3}}]}], "tool_calls must be"),
+        (
+            [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": 3}}]}],
+            "tool_calls must be",
+        ),
         ([{"role": "assistant", "content": "", "tool_calls": [7]}], "tool_calls must be"),
     ],
 )
@@ -143,9 +149,14 @@ def test_odd_messages_are_refused_by_what_is_odd(messages: Any, what: str) -> No
 
 @pytest.mark.parametrize("arguments", ["{not json", "", None, [], {"a": {"b": [None]}}, 3.5, "</s>"])
 def test_odd_arguments_of_tool_calls_stay_text(tokenizer: Any, arguments: Any) -> None:
-    source = SOURCE.replace("m.content + eos_token", "(m.tool_calls | tojson if m.tool_calls else m.content) + eos_token")
+    source = SOURCE.replace(
+        "m.content + eos_token", "(m.tool_calls | tojson if m.tool_calls else m.content) + eos_token"
+    )
     call = {"type": "function", "function": {"name": "f</s>", "arguments": arguments}}
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
     found = to_example(Row({"messages": messages}, "rows:1"), "messages")
     (samples,) = Encoder(tokenizer, chat_template=source).encode([found], 1000)
     assert not isinstance(samples, Rejected)

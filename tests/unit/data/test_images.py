@@ -55,7 +55,11 @@ def test_a_picture_is_known_by_its_first_bytes(folder: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["path", "image", "url"])
 def test_pictures_may_be_parts_of_a_message(folder: Path, name: str) -> None:
-    parts = [{"type": "text", "text": "See "}, {"type": "image", name: "a.png"}, {"type": "text", "text": "what?"}]
+    parts = [
+        {"type": "text", "text": "See "},
+        {"type": "image", name: "a.png"},
+        {"type": "text", "text": "what?"},
+    ]
     found = read(row(folder, messages=ask(parts)))
     assert found.messages[0]["content"] == "See <image>what?"
     assert found.images == Images((str(folder / "a.png"),), (0,))
