@@ -20,12 +20,16 @@ GROW = (
 BOMBS = {
     "nested loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
     "loops that write": "{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}",
-    "a loop in a filter": "{% for a in range(99999) %}{{ range(99999) | map('string') | list | length }}{% endfor %}",
+    "a loop in a filter": (
+        "{% for a in range(99999) %}{{ range(99999) | map('string') | list | length }}{% endfor %}"
+    ),
     "a multiplied text": "{{ ('x' * 10**9) | length }}",
     "a multiplied constant": "{{ 'x' * 1000000000 }}",
     "a multiplied list": "{% set x = [1, 2] * 1000000000 %}",
     "a power": "{{ 10 ** 10000000000 }}",
-    "a product": "{% set ns = namespace(x=3) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    "a product": (
+        "{% set ns = namespace(x=3) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}"
+    ),
     "doubled by +": GROW.format(start="'x'", grown="ns.x + ns.x"),
     "doubled by ~": GROW.format(start="'x'", grown="ns.x ~ ns.x"),
     "doubled by join": GROW.format(start="'xy'", grown="(ns.x, ns.x) | join"),
@@ -66,7 +70,9 @@ BOMBS = {
         "{% set x = 'x' * 9999999 %}{% set y = 'x' * 9999999 %}"
         "{% for i in range(99999) %}{% if x == y %}{% endif %}{% endfor %}"
     ),
-    "searches": "{% set x = 'x' * 9999999 %}{% for i in range(99999) %}{% if 'y' in x %}{% endif %}{% endfor %}",
+    "searches": (
+        "{% set x = 'x' * 9999999 %}{% for i in range(99999) %}{% if 'y' in x %}{% endif %}{% endfor %}"
+    ),
     "words by chance": "{{ lipsum(n=1000000) }}",
     "a time of long words": "{{ strftime_now('%1000000000Y') }}",
 }

@@ -235,7 +235,7 @@ def test_a_mask_is_the_same_with_marks_and_without(shared: Path, name: str, gpt2
         pairs = zip(peer["input_ids"], peer["assistant_masks"], strict=True)
         assert without.labels == [id if learned else IGNORED for id, learned in pairs]
     else:
-        # gpt2 reads "\n\n" as one token, but "\n\nOn" as three, so that a token spans the begin of the answer.
+        # gpt2 reads "\n\n" as one token, but "\n\nOn" as three: a token spans the begin of the answer.
         assert name == "llama-3-instruct"
 
 

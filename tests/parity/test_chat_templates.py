@@ -45,37 +45,57 @@ CHATS: dict[str, list[dict[str, Any]]] = {
 }
 SOURCES = {
     "macros": (
-        "{% macro say(m, mark='#') %}{{ mark ~ m.role ~ ': ' }}{{ caller() if caller else m.content }}{% endmacro %}"
-        "{% for m in messages %}{{ say(m) }}{% call say(m, mark='!') %}<{{ m.content | trim }}>{% endcall %}{% endfor %}"
+        "{% macro say(m, mark='#') %}{{ mark ~ m.role ~ ': ' }}"
+        "{{ caller() if caller else m.content }}{% endmacro %}"
+        "{% for m in messages %}{{ say(m) }}{% call say(m, mark='!') %}<{{ m.content | trim }}>"
+        "{% endcall %}{% endfor %}"
     ),
     "namespace": (
-        "{% set ns = namespace(n=0, s='') %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.n = ns.n + 1 %}"
+        "{% set ns = namespace(n=0, s='') %}{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{% set ns.n = ns.n + 1 %}"
         "{% set ns.s = ns.s + m.role ~ '|' %}{% endif %}{% endfor %}{{ ns.n }} {{ ns.s }}"
     ),
     "loops": (
-        "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{% if loop.first %}F{% endif %}{% if loop.last %}L{% endif %}"
+        "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{% if loop.first %}F{% endif %}"
+        "{% if loop.last %}L{% endif %}"
         "{{ loop.previtem.role if loop.previtem is defined }}{% if loop.index == 3 %}{% break %}{% endif %}"
-        "{% if m.role == 'system' %}{% continue %}{% endif %}{{ loop.cycle('a', 'b') }}{% else %}none{% endfor %}"
+        "{% if m.role == 'system' %}{% continue %}{% endif %}{{ loop.cycle('a', 'b') }}"
+        "{% else %}none{% endfor %}"
         "{% for m in messages if m.role == 'user' %}{{ loop.revindex }}{{ m.content }}{% endfor %}"
-        "{% for k, v in messages[0].items() %}{{ k }}={{ v }};{% endfor %}{% for c in 'abc' %}{{ c }}{% endfor %}"
+        "{% for k, v in messages[0].items() %}{{ k }}={{ v }};{% endfor %}{% for c in 'abc' %}"
+        "{{ c }}{% endfor %}"
         "{% for m in messages[::-1] %}{{ m.role }}{% endfor %}"
     ),
     "filters": (
-        "{{ messages | tojson }}{{ tools | tojson(indent=2) if tools }}{{ messages | map(attribute='role') | join(', ') }}"
-        "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ 'a-b' | replace('-', '+') | upper }}"
-        "{{ '%s=%d' | format('n', 3) }}{{ '%s!' % 'x' }}{{ 'x' * 3 }}{{ [1, 2] + [3] }}{{ 2 ** 5 }}{{ 7 % 4 }}{{ 7 // 2 }}"
-        "{{ messages[0].content.strip().split('e')[-1].ljust(9) }}|{{ 'a\nb' | indent(2) }}{{ {'a': messages[0].role} }}"
-        "{{ '{:>5}|{}'.format('a', 'b') }}{{ ', '.join(['a', 'b']) }}{{ 'x' in messages[0].content }}{{ (1, messages[0].role) }}"
-        "{{ [3, 1, 2] | sort | first }}{{ 'abc'[1:] }}{{ none }}{{ true }}{{ missing }}{{ 1.5 }}{{ '<b>' | e }}"
-        "{{ dict(a=1).a }}{{ messages | length > 1 }}{{ 'a' if messages is sequence else 'b' }}{{ '5' | int + 1 }}"
+        "{{ messages | tojson }}{{ tools | tojson(indent=2) if tools }}"
+        "{{ messages | map(attribute='role') | join(', ') }}"
+        "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}"
+        "{{ 'a-b' | replace('-', '+') | upper }}"
+        "{{ '%s=%d' | format('n', 3) }}{{ '%s!' % 'x' }}{{ 'x' * 3 }}{{ [1, 2] + [3] }}{{ 2 ** 5 }}"
+        "{{ 7 % 4 }}{{ 7 // 2 }}"
+        "{{ messages[0].content.strip().split('e')[-1].ljust(9) }}|{{ 'a\nb' | indent(2) }}"
+        "{{ {'a': messages[0].role} }}"
+        "{{ '{:>5}|{}'.format('a', 'b') }}{{ ', '.join(['a', 'b']) }}"
+        "{{ 'x' in messages[0].content }}{{ (1, messages[0].role) }}"
+        "{{ [3, 1, 2] | sort | first }}{{ 'abc'[1:] }}{{ none }}{{ true }}{{ missing }}{{ 1.5 }}"
+        "{{ '<b>' | e }}"
+        "{{ dict(a=1).a }}{{ messages | length > 1 }}{{ 'a' if messages is sequence else 'b' }}"
+        "{{ '5' | int + 1 }}"
     ),
-    "blocks": "{% set x %}<{{ messages[0].content }}>{% endset %}{{ x ~ x }}{% filter upper %}{{ x }}{% endfilter %}{% block b %}b{% endblock %}",
+    "blocks": (
+        "{% set x %}<{{ messages[0].content }}>{% endset %}{{ x ~ x }}{% filter upper %}{{ x }}"
+        "{% endfilter %}{% block b %}b{% endblock %}"
+    ),
     "marks": (
-        "{{ bos_token }}{% for m in messages %}{{ m.role }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}"
         "{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
     ),
     "refusing": "{{ raise_exception('roles must ' ~ messages[0].role) }}",
-    "layout": "{%- for m in messages %}\n    {%- if m.role == 'user' %}\n  {{ m.content }}\n    {% endif %}\n{%- endfor %}\n",
+    "layout": (
+        "{%- for m in messages %}\n    {%- if m.role == 'user' %}\n  {{ m.content }}\n    "
+        "{% endif %}\n{%- endfor %}\n"
+    ),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""For any conversation: the quick way finds what the exact way finds, and masks and cuts keep what they say."""
+"""For any conversation: the quick way finds what the exact way finds, masks and cuts keep what they say."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ from graft.data.turns import Choice
 
 CONTROLS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>",
             "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|end|>"]  # fmt: skip
+CONTROLS = [
+    "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|end|>",
+]  # fmt: skip
 NAMES = [
     "chatml",
     "qwen2.5-instruct",
@@ -30,8 +34,10 @@ NAMES = [
     "zephyr",
 ]
 THINKING = (
-    "{% for m in messages %}{% set c = m.content %}{% if m.role == 'assistant' and '</think>' in c and not loop.last %}"
-    "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}{{ '<|im_start|>' + m.role + '\n' + c + '<|im_end|>\n' }}"
+    "{% for m in messages %}{% set c = m.content %}"
+    "{% if m.role == 'assistant' and '</think>' in c and not loop.last %}"
+    "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + c + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )  # fmt: skip
 TALKING = (
@@ -41,13 +47,14 @@ TALKING = (
 )
 MARKED = TALKING.replace(
     "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}",
-    "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}{% endgeneration %}"
     "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}",
 )
 OWN = {"thinking": THINKING, "talking": TALKING, "marked": MARKED}
 words = st.sampled_from(
-    ["a", "cat", " dog", "\n", " ", "é", "👍🏽", "</think>", "<think>", "/quiet", "user", "[INST]", "<|im_end|>", "</s>",
-     "assistant", "\n\n", "1", "  ", "<", "|>", "?"]
+    ["a", "cat", " dog", "\n", " ", "é", "👍🏽", "</think>", "<think>", "/quiet", "user", "[INST]",
+     "<|im_end|>", "</s>", "assistant", "\n\n", "1", "  ", "<", "|>", "?"]
 )  # fmt: skip
 texts = st.lists(words, min_size=1, max_size=6).map("".join)
 turns = st.lists(texts, min_size=1, max_size=7)

@@ -84,7 +84,8 @@ class Meter:
             self.left += PER_CHARACTER * size()
         if self.left < 0:
             raise SpentError(
-                f"it does more work than {BUDGET:,} characters, and {PER_CHARACTER} for each of the conversation"
+                f"it does more work than {BUDGET:,} characters, and {PER_CHARACTER} for each of the "
+                f"conversation"
             )
         self._look = self.left - max(BUDGET // _LOOKS, 16 * self.event)
         if self._look < 0 <= self.left:

@@ -43,8 +43,8 @@ class DataConfig:
     shuffle: bool = True
     """Draw the samples in a new order each epoch; the order follows from the seed."""
     on_overlong: Literal["truncate", "truncate_left", "split", "drop", "error"] = "truncate"
-    """What happens to a row of more than max_length tokens: its end is cut away; or the begin of its prompt and
-    its oldest exchanges; or it becomes several conversations; a plain text is split into pieces instead."""
+    """What happens to a row of more than max_length tokens: its end is cut away; or the begin of its prompt
+    and its oldest exchanges; or it becomes several conversations; a plain text is split into pieces."""
     skip_invalid: bool = False
     """Leave out rows that cannot be used, each into quarantine.jsonl, instead of stopping at the first."""
     limit: int | None = None
@@ -81,7 +81,8 @@ class DataConfig:
     scripts: tuple[str, ...] = ()
     """Leave out training rows that are mainly in another script than these: [Latin], [Han, Latin]."""
     train_on_roles: tuple[str, ...] = ("assistant",)
-    """Roles of conversations whose messages are learned; a message's own "train": true or false comes first."""
+    """Roles of conversations whose messages are learned; a message's own "train": true or false comes
+    first."""
     train_on_last_turn: bool = False
     """Learn only the last of these messages of each conversation."""
 

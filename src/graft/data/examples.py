@@ -230,7 +230,10 @@ def _flag(raw: Mapping[str, Any], where: str) -> bool | None:
                 raise DataError(
                     f"{name!r} must be true or false, not {raw[name]!r:.60}",
                     where=where,
-                    fix=f'write "{name}": false for a message that is not learned; there are no parts of a weight',
+                    fix=(
+                        f'write "{name}": false for a message that is not learned; there are no parts of a '
+                        f"weight"
+                    ),
                 )
             found = bool(raw[name])
     for name in FOREIGN_FLAGS:
@@ -287,7 +290,10 @@ def _check_calls(calls: Any, where: str) -> None:
             raise DataError(
                 f"tool_calls must be a list of calls with a name, not {calls!r:.80}",
                 where=where,
-                fix='write "tool_calls": [{"type": "function", "function": {"name": "...", "arguments": {...}}}]',
+                fix=(
+                    'write "tool_calls": [{"type": "function", "function": {"name": "...", "arguments": '
+                    "{...}}}]"
+                ),
             )
 
 

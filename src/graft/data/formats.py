@@ -209,7 +209,10 @@ def _refuse_ratings(row: Row) -> NoReturn:
     raise DataError(
         "the rows are rated answers ('label' is true or false), of which the bad ones would be learned too",
         where=row.where,
-        fix="keep the rows whose label is true and leave the column out, or make pairs of 'chosen' and 'rejected'",
+        fix=(
+            "keep the rows whose label is true and leave the column out, or make pairs of "
+            "'chosen' and 'rejected'"
+        ),
     )
 
 
@@ -217,7 +220,10 @@ def _refuse_labels(row: Row) -> NoReturn:
     raise DataError(
         "the rows are texts with a class (columns 'text' and 'label'): task: classification learns from them",
         where=row.where,
-        fix="give --task classification, or set data.format to text to learn the texts and leave the labels out",
+        fix=(
+            "give --task classification, or set data.format to text to learn the texts and leave "
+            "the labels out"
+        ),
     )
 
 

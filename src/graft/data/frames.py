@@ -1,13 +1,13 @@
 """What a template writes around the messages of conversations of one shape, learned from the first of them.
 
-Finding the answers of a conversation exactly takes several renderings (`turns.py`). Most rows of a file have one
-shape: the same roles in the same order. From the first rows of a shape its frame is learned: the pieces of text
-before, between and after the contents, and where in them the learned parts begin and end. Of a later row of the
-shape one rendering is enough: it must be these pieces and the row's contents, letter for letter; then its parts
-are where they were in the others. Whatever is not so goes the exact way.
+Finding the answers of a conversation exactly takes several renderings (`turns.py`). Most rows of a file
+have one shape: the same roles in the same order. From the first rows of a shape its frame is learned: the
+pieces of text before, between and after the contents, and where in them the learned parts begin and end. Of
+a later row of the shape one rendering is enough: it must be these pieces and the row's contents, letter for
+letter; then its parts are where they were in the others. Whatever is not so goes the exact way.
 
-A template could still write the same text and ask for the answer otherwise, by the words in it. So a row that has
-one of the words that the template looks for goes the exact way too.
+A template could still write the same text and ask for the answer otherwise, by the words in it. So a row
+that has one of the words that the template looks for goes the exact way too.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Encoder:
         chat_template: Text of a template to use instead of the tokenizer's.
         loss_on: "completion" learns completions and answers, "all" every token; "auto" is completion
             where there is one and all for plain texts.
-        choice: Which messages of a conversation are learned: the assistant's, unless something else is chosen.
+        choice: Which messages of a conversation are learned; the assistant's unless something is chosen.
 
     Raises:
         DataError: The tokenizer is not a fast one.
@@ -125,9 +125,9 @@ class Encoder:
         Args:
             examples: Any mixture.
             max_length: Longest sample in tokens. Longer plain texts are cut into consecutive samples.
-            on_overlong: What becomes of longer rows: "truncate" cuts their end away, "truncate_left" the begin
-                of the prompt and the oldest exchanges, "split" makes several of a conversation, "drop" and
-                "error" reject them.
+            on_overlong: What becomes of longer rows: "truncate" cuts their end away, "truncate_left" the
+                begin of the prompt and the oldest exchanges, "split" makes several of a conversation, "drop"
+                and "error" reject them.
 
         Yields:
             For each example its samples, more than one only where it was split, or why there are none.
@@ -357,7 +357,8 @@ def _check_images(example: Conversation) -> Rejected:
     count = len(example.images.paths)
     return Rejected(
         example.where,
-        f"the row has {count} {'image' if count == 1 else 'images'}: only a multimodal base could learn from it, "
+        f"the row has {count} {'image' if count == 1 else 'images'}: only a multimodal base could "
+        f"learn from it, "
         "and graft trains on text alone",
         "leave out the column of images and the <image> marks, or the row (data.skip_invalid)",
         invalid=True,

@@ -207,8 +207,8 @@ def split(draft: Draft, where: str, max_length: int) -> list[Sample]:
 def fit(draft: Draft, where: str, max_length: int, on_overlong: str) -> list[Sample] | Rejected:
     """Make one sample of an example, cutting it where it is too long and that is wanted.
 
-    "truncate" cuts the end away, "truncate_left" the begin of the prompt, as far as it leaves the answer whole
-    and at least one token before it; whatever else is too long is rejected.
+    "truncate" cuts the end away, "truncate_left" the begin of the prompt, as far as it leaves the answer
+    whole and at least one token before it; whatever else is too long is rejected.
     """
     size = len(draft.ids)
     if size <= max_length:

@@ -1,10 +1,11 @@
 """Where chat templates run: Jinja with the globals and filters of transformers, no way out, and a budget.
 
 The template's own syntax tree is changed before it is compiled, such that each loop, each text that is put
-together and each list that is written down passes a `Meter`; calls, operators and filters are the sandbox's to
-watch. What a template writes is the same as without.
+together and each list that is written down passes a `Meter`; calls, operators and filters are the sandbox's
+to watch. What a template writes is the same as without.
 
 Source: transformers `chat_template_utils.py` for what templates may use; the Jinja 3.1 manual, "Sandbox".
+
 """
 
 from __future__ import annotations
@@ -142,7 +143,11 @@ class Environment(ImmutableSandboxedEnvironment):
         return meter.sized(result)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-        """What an attribute that may not be reached is: at once an error, not only where it is used."""
+        """What an attribute that may not be reached is: at once an error, not only where it is used.
+
+        Raises:
+            jinja2.exceptions.SecurityError: Always.
+        """
         raise jinja2.exceptions.SecurityError(
             f"the attribute {attribute!r} of {type(obj).__name__!r} is not for templates"
         )

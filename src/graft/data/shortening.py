@@ -1,8 +1,9 @@
 """Conversations that are longer than a sample may be: without their oldest part, or as several.
 
-A conversation is parted only where a user begins to speak: system messages, then exchanges, each from a question
-to before the next. Every part is a conversation of its own, with the system messages at its head, and is rendered
-and encoded as such; so it is what a model would meet, whatever the template writes at a begin.
+A conversation is parted only where a user begins to speak: system messages, then exchanges, each from a
+question to before the next. Every part is a conversation of its own, with the system messages at its head,
+and is rendered and encoded as such; so it is what a model would meet, whatever the template writes at a
+begin.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Shortener:
     def newest(self, conversation: Conversation) -> list[Sample] | Rejected:
         """The end of a conversation: as many whole exchanges as fit, the oldest being left out.
 
-        Where the last one is too long by itself, the begin of its question is cut away; its answers stay whole.
+        Where the last one is too long by itself, the begin of its question is cut away; answers stay whole.
         """
         head, starts = exchanges(conversation)
         last = self._last_learned(conversation, starts)

@@ -65,7 +65,14 @@ class _Watched(NodeTransformer):
             return found
         return _filtered(node, "_made")
 
-    visit_List = visit_Tuple = visit_Dict = _written_down
+    def visit_List(self, node: nodes.List) -> nodes.Node:  # noqa: N802
+        return self._written_down(node)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:  # noqa: N802
+        return self._written_down(node)
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:  # noqa: N802
+        return self._written_down(node)
 
 
 def _read(node: nodes.Expr) -> nodes.Expr:

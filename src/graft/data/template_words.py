@@ -1,4 +1,4 @@
-"""What chat templates find in the sandbox: globals and filters, those that can grow charged before they run."""
+"""What chat templates find in the sandbox: globals and filters, charged where they can grow."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ class Dict:
     """`dict`, without its attributes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        """Make a dict."""
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:

@@ -58,10 +58,10 @@ class Apart:
                 return len(self.ids)
             # Listing all places is slow; where tokens on both sides meet at this one, the count is clear.
             token = self._encoding.char_to_token(place)
-            if token is not None and self._encoding.token_to_chars(token)[0] == place:
-                if token == 0 or self._encoding.token_to_chars(token - 1)[0] < place:
-                    count: int = token
-                    return count
+            meets = token is not None and self._encoding.token_to_chars(token)[0] == place
+            if meets and (token == 0 or self._encoding.token_to_chars(token - 1)[0] < place):
+                count: int = token
+                return count
         return bisect_left(self.starts, place)
 
 

@@ -1,9 +1,9 @@
 """Where in a rendered conversation each answer stands, whatever the template.
 
-An answer begins where the rendering of all messages before it, asking for an answer, ends; it ends where the
-rendering up to it ends, without the white space there. Where the template marks answers with {% generation %}
-only what is marked is learned, and the closing of the turn. A turn of another role that is to be learned begins
-with its content, since nothing asks for it, and ends as an answer does.
+An answer begins where the rendering of all messages before it, asking for an answer, ends; it ends where
+the rendering up to it ends, without the white space there. Where the template marks answers with {%
+generation %} only what is marked is learned, and the closing of the turn. A turn of another role that is to
+be learned begins with its content, since nothing asks for it, and ends as an answer does.
 """
 
 from __future__ import annotations
@@ -127,9 +127,12 @@ def _other(template: ChatTemplate, text: str, conversation: Conversation, index:
     found = find_contents(template, text, conversation, [index])
     if not found:
         raise DataError(
-            f"the turn of {conversation.messages[index]['role']!r} cannot be found in the rendered conversation",
+            f"the turn of {conversation.messages[index]['role']!r} cannot be found in the rendered "
+            f"conversation",
             where=f"{conversation.where}, message {index + 1}",
-            fix="take the role out of data.train_on_roles, or use a template that writes its content as it is",
+            fix=(
+                "take the role out of data.train_on_roles, or use a template that writes its content as it is"
+            ),
         )
     content, begin = conversation.messages[index]["content"], found[0][0]
     space = content[: len(content) - len(content.lstrip())]

@@ -1,4 +1,4 @@
-"""Which messages are learned: by role, by place, by what the row says; and what no template is asked to write."""
+"""Which messages are learned: by role, by place, by what the row says; odd messages are refused."""
 
 from __future__ import annotations
 
