@@ -17,8 +17,6 @@ from graft.data.samples import CUT_LEFT, OLDER_CUT, PARTED
 from graft.data.templates import read_template
 from graft.data.turns import Choice
 
-CONTROLS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>",
-            "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|end|>"]  # fmt: skip
 CONTROLS = [
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>",
     "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|end|>",

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from graft.data.ahead import in_order
+from graft.data.held import Held, lengths_of
 from graft.data.packing import Indexes, Rows, pack
 from graft.data.samples import IGNORED, Kind, Sample
 from graft.data.shuffling import key_of, permuted
-from graft.data.store import Held, lengths_of
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from graft.data.held import Held
 from graft.data.samples import Sample
 from graft.data.shuffling import key_of, permuted
-from graft.data.store import Held
 
 MixBy = Literal["examples", "tokens"]
 

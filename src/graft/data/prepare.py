@@ -18,6 +18,7 @@ from graft.data.cleaning import Cleaning
 from graft.data.config import DataConfig
 from graft.data.content import Content, content_of
 from graft.data.formats import Example
+from graft.data.held import figures_of, repeats
 from graft.data.listener import SILENT, Listener
 from graft.data.masking import Encoder
 from graft.data.quarantine import Quarantine
@@ -25,7 +26,7 @@ from graft.data.reading import LeftOut, Reading, refuse_all
 from graft.data.report import Report, num_rows, show_sample
 from graft.data.samples import CUT_LEFT, OLDER_CUT, PARTED, SPLIT, TRUNCATED, Rejected, Sample
 from graft.data.sources import Row, Source
-from graft.data.store import Store, StoreWriter, figures_of, repeats
+from graft.data.store import Store, StoreWriter
 from graft.data.templates import read_template
 from graft.data.turns import Choice
 from graft.errors import DataError

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from graft.data.cleaning import Cleaning
 from graft.data.config import DataConfig
+from graft.data.held import chosen, figures_of, held, lengths_of
 from graft.data.masking import Encoder
 from graft.data.mixing import Joined, Mixture, shares
 from graft.data.prepare import Dataset, count_samples, make_encoder, prepare
@@ -21,7 +22,6 @@ from graft.data.samples import Kind, Sample
 from graft.data.shuffling import key_of
 from graft.data.shuffling import mixed as mixed_bits
 from graft.data.sources import Source
-from graft.data.store import chosen, figures_of, held, lengths_of
 from graft.errors import ConfigError, DataError
 
 

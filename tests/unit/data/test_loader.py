@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from graft.data.held import Listed
 from graft.data.loader import Loader, rounded_length
 from graft.data.masking import IGNORED, Sample
-from graft.data.store import Listed
 
 
 def samples(*lengths: int) -> list[Sample]:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from graft.data.held import held
 from graft.data.mixing import Joined, Mixture, shares
 from graft.data.samples import Sample
-from graft.data.store import held
 
 SIZES = {"domain": 30, "general": 170}
 

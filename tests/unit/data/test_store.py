@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from graft.data.held import chosen, figures_of, lengths_of, repeats
 from graft.data.samples import IGNORED, SPLIT, TRUNCATED, Sample
-from graft.data.store import COLUMNS, Store, StoreWriter, chosen, figures_of, lengths_of, repeats
+from graft.data.store import COLUMNS, Store, StoreWriter
 from graft.errors import StorageError
 
 CONTROLS = {0, 7}

@@ -12,10 +12,10 @@ import pytest
 
 from graft.config import build, from_dict, read_assignments, read_yaml, to_dict
 from graft.data.config import DataConfig
+from graft.data.held import Listed
 from graft.data.loader import Loader
 from graft.data.samples import Sample
 from graft.data.splits import prepare_splits
-from graft.data.store import Listed
 from graft.errors import CheckpointError, ConfigError, StopRequested
 from graft.training.build import resume, run_from_config
 from graft.training.config import RunConfig, TrainingConfig
