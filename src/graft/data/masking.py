@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from itertools import accumulate, islice, pairwise
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
+from graft.data.ahead import in_order
 from graft.data.examples import Conversation, Example, Message, Pair, Text
 from graft.data.frames import Frames
 from graft.data.samples import (
@@ -35,7 +36,29 @@ from graft.errors import DataError
 __all__ = ["IGNORED", "Encoder", "Rejected", "Sample", "encode", "prompt_ids"]
 
 LossOn = Literal["auto", "completion", "all"]
-_BATCH = 512
+_MAX_ROWS, _MAX_CHARACTERS = 2_048, 1 << 20
+"""Of a batch; the tokenizer needs some ten bytes for each character of it meanwhile."""
+
+
+@dataclass
+class _Begun:
+    """Examples on their way to the tokenizer, by their places.
+
+    Attributes:
+        examples: All.
+        rejected: Those that give nothing.
+        chats: Conversations as they are rendered.
+        plain: Texts, and prompts with completions.
+        spelling: Those whose texts spell a control token.
+        texts: What the tokenizer reads: the chats, then the texts of the plain ones.
+    """
+
+    examples: Sequence[Example]
+    rejected: dict[int, Rejected] = field(default_factory=dict)
+    chats: dict[int, Rendered] = field(default_factory=dict)
+    plain: dict[int, Pair | Text] = field(default_factory=dict)
+    spelling: set[int] = field(default_factory=set)
+    texts: list[str] = field(default_factory=list)
 
 
 class Encoder:
@@ -118,7 +141,12 @@ class Encoder:
         return ends
 
     def encode(
-        self, examples: Iterable[Example], max_length: int, on_overlong: str = "truncate"
+        self,
+        examples: Iterable[Example],
+        max_length: int,
+        on_overlong: str = "truncate",
+        *,
+        workers: int = 0,
     ) -> Iterator[list[Sample] | Rejected]:
         """Encode examples, many at a time.
 
@@ -128,6 +156,8 @@ class Encoder:
             on_overlong: What becomes of longer rows: "truncate" cuts their end away, "truncate_left" the
                 begin of the prompt and the oldest exchanges, "split" makes several of a conversation, "drop"
                 and "error" reject them.
+            workers: Threads in which the tokenizer works ahead; examples are then drawn before what stands
+                before them is used. All else is done in the caller's thread.
 
         Yields:
             For each example its samples, more than one only where it was split, or why there are none.
@@ -135,9 +165,9 @@ class Encoder:
         Raises:
             DataError: The tokenizer has no end-of-text token, or no chat template where one is needed.
         """
-        iterator = iter(examples)
-        while batch := list(islice(iterator, _BATCH)):
-            for example, draft in zip(batch, self._drafts(batch), strict=True):
+        batches = map(self._begun, _batches(examples))
+        for begun, encodings in in_order(self._tokenized, batches, workers):
+            for example, draft in zip(begun.examples, self._finished(begun, encodings), strict=True):
                 if isinstance(draft, Rejected):
                     yield draft
                 elif isinstance(example, Text):
@@ -175,33 +205,47 @@ class Encoder:
         return without(draft, first, count) if 0 < count < last - first else None
 
     def _drafts(self, examples: Sequence[Example]) -> list[Draft | Rejected]:
-        drafts: dict[int, Draft | Rejected] = {}
-        chats: dict[int, Rendered] = {}
-        plain: dict[int, Pair | Text] = {}
-        spelling = set()
+        return self._finished(*self._tokenized(self._begun(examples)))
+
+    def _tokenized(self, begun: _Begun) -> tuple[_Begun, list[Any]]:
+        return begun, self.text.encode(begun.texts)
+
+    def _begun(self, examples: Sequence[Example]) -> _Begun:
+        """Render examples, and say which texts of them the tokenizer has to read."""
+        begun = _Begun(examples)
         for index, example in enumerate(examples):
             texts = _texts(example)
             rejected = _check(example, texts)
             if rejected is not None:
-                drafts[index] = rejected
+                begun.rejected[index] = rejected
                 continue
             if any(map(self.text.spells_control, texts)):
-                spelling.add(index)
+                begun.spelling.add(index)
             if not isinstance(example, Conversation):
-                plain[index] = example
+                begun.plain[index] = example
                 continue
-            found = self._render(example, quoting=index in spelling)
+            found = self._render(example, quoting=index in begun.spelling)
             if isinstance(found, Rejected):
-                drafts[index] = found
+                begun.rejected[index] = found
             else:
-                chats[index] = found
-        drafts.update(zip(chats, self._encode_chats(list(chats.values())), strict=True))
-        drafts.update(zip(plain, self._encode_plain(list(plain.values())), strict=True))
-        for index in spelling:
+                begun.chats[index] = found
+        self._check_plain(list(begun.plain.values()))
+        begun.texts = [chat.text for chat in begun.chats.values()]
+        begun.texts += [text for example in begun.plain.values() for text in _texts(example)]
+        return begun
+
+    def _finished(self, begun: _Begun, encodings: Sequence[Any]) -> list[Draft | Rejected]:
+        drafts: dict[int, Draft | Rejected] = dict(begun.rejected)
+        count = len(begun.chats)
+        chats = self._chat_drafts(list(begun.chats.values()), encodings[:count])
+        drafts.update(zip(begun.chats, chats, strict=True))
+        plain = self._plain_drafts(list(begun.plain.values()), encodings[count:])
+        drafts.update(zip(begun.plain, plain, strict=True))
+        for index in begun.spelling:
             draft = drafts[index]
             if isinstance(draft, Draft):
                 drafts[index] = replace(draft, remarks=(*draft.remarks, CONTROL_AS_TEXT))
-        return [drafts[index] for index in range(len(examples))]
+        return [drafts[index] for index in range(len(begun.examples))]
 
     def _render(self, conversation: Conversation, *, quoting: bool) -> Rendered | Rejected:
         where = conversation.where
@@ -241,12 +285,9 @@ class Encoder:
         turns = [(place[begin], place[end]) for begin, end in found.turns]
         return Rendered("".join(pieces), turns, [place[edge] for edge in found.prompts])
 
-    def _encode_chats(self, chats: Sequence[Rendered]) -> Iterator[Draft]:
-        edges = [self._edges(chat) for chat in chats]
-        texts = [chat.text for chat in chats]
-        for chat, apart in zip(
-            chats, self.text.encode_apart(list(zip(texts, edges, strict=True))), strict=True
-        ):
+    def _chat_drafts(self, chats: Sequence[Rendered], encodings: Sequence[Any]) -> Iterator[Draft]:
+        texts = [(chat.text, self._edges(chat)) for chat in chats]
+        for chat, apart in zip(chats, self.text.encode_apart(texts, encodings), strict=True):
             yield self._closed(apart.ids, self._learned(apart, chat.turns))
 
     def _edges(self, chat: Rendered) -> list[int]:
@@ -273,7 +314,7 @@ class Encoder:
             remarks = (END_ADDED,)
         return Draft(ids, [(0, len(ids))] if self._loss_on == "all" else learned, remarks)
 
-    def _encode_plain(self, examples: Sequence[Pair | Text]) -> Iterator[Draft]:
+    def _check_plain(self, examples: Sequence[Pair | Text]) -> None:
         if self._loss_on == "completion" and any(isinstance(example, Text) for example in examples):
             raise DataError(
                 "plain texts have no completion", where="data.loss_on", fix="set data.loss_on to auto or all"
@@ -284,7 +325,9 @@ class Encoder:
                 where=examples[0].where,
                 fix="leave data.train_on_roles and data.train_on_last_turn out, or give rows of messages",
             )
-        encoded = iter(self.text.encode([text for example in examples for text in _texts(example)]))
+
+    def _plain_drafts(self, examples: Sequence[Pair | Text], encodings: Sequence[Any]) -> Iterator[Draft]:
+        encoded = iter(encodings)
         for example in examples:
             prompt = list(self.text.bos_ids)
             if isinstance(example, Pair):
@@ -336,6 +379,19 @@ def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message], tools: list[Any]
         DataError: The tokenizer is not a fast one, or its chat template is missing or refuses the messages.
     """
     return (tokenizer if isinstance(tokenizer, Encoder) else Encoder(tokenizer)).prompt(prompt, tools)
+
+
+def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    batch: list[Example] = []
+    size = 0
+    for example in examples:
+        batch.append(example)
+        size += sum(map(len, _texts(example)))
+        if len(batch) == _MAX_ROWS or size >= _MAX_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _check(example: Example, texts: Sequence[str]) -> Rejected | None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from graft.data.ahead import in_order
 from graft.data.cache import entry_for
 from graft.data.cleaning import Cleaning
 from graft.data.config import DataConfig
@@ -31,16 +29,12 @@ from graft.data.templates import read_template
 from graft.data.turns import Choice
 from graft.errors import DataError
 
-CHUNK = 512
-"""Rows that are encoded together."""
 WORKERS = 2
-"""Chunks that are encoded at a time: while one is in the tokenizer, Python has the other."""
-
-
+"""Threads that keep the tokenizer at work, which uses all cores, while rows are read and rendered."""
+TOLD_EVERY = 1_000
+"""Rows."""
 CUTS = (TRUNCATED, CUT_LEFT, OLDER_CUT)
 """Remarks of samples that lack a part of their row."""
-
-Chunk = list[tuple[Row, Example]]
 
 
 @dataclass(frozen=True)
@@ -171,33 +165,34 @@ def _encoded(
     listener: Listener,
 ) -> Iterator[Sample]:
     report, remarks = reading.report, Counter[str]()
-    chunks = iter(partial(_chunk, examples), [])
+    waiting: deque[Row] = deque()
+    drawn = _remembered(examples, waiting)
     tokens = 0
-
-    def encode(chunk: Chunk) -> list[tuple[Row, list[Sample] | Rejected]]:
-        found = encoder.encode((example for _, example in chunk), config.max_length, config.on_overlong)
-        return list(zip((row for row, _ in chunk), found, strict=True))
-
-    for encoded in in_order(encode, chunks, WORKERS):
-        for row, found in encoded:
-            if isinstance(found, Rejected):
-                _leave_out(found, row, config, reading.left_out)
-                continue
-            report.num_used += 1
+    for found in encoder.encode(drawn, config.max_length, config.on_overlong, workers=WORKERS):
+        row = waiting.popleft()
+        if isinstance(found, Rejected):
+            _leave_out(found, row, config, reading.left_out)
+            continue
+        report.num_used += 1
+        if found[0].remarks:
             remarks.update(found[0].remarks)
             if any(cut in found[0].remarks for cut in CUTS):
                 report.place("truncated", found[0].where)
-            yield from found
-            tokens += sum(map(len, found))
-        listener.preparing(report.num_rows, tokens, reading.share)
+        yield from found
+        tokens += sum(map(len, found))
+        if not report.num_used % TOLD_EVERY:
+            listener.preparing(report.num_rows, tokens, reading.share)
     listener.preparing(report.num_rows, tokens, 1.0)
     report.num_split = remarks[SPLIT] + remarks[PARTED]
     report.num_truncated = sum(remarks[cut] for cut in CUTS)
     report.notes += [f"{num_rows(count)} {remark}" for remark, count in remarks.items()]
 
 
-def _chunk(examples: Iterator[tuple[Row, Example]]) -> Chunk:
-    return list(islice(examples, CHUNK))
+def _remembered(examples: Iterator[tuple[Row, Example]], waiting: deque[Row]) -> Iterator[Example]:
+    """The examples alone, whose rows wait until it is known what became of them."""
+    for row, example in examples:
+        waiting.append(row)
+        yield example
 
 
 def _leave_out(found: Rejected, row: Row, config: DataConfig, left_out: LeftOut) -> None:

@@ -22,6 +22,7 @@ _FIRST_QUOTED = 0x100000
 _SHORT = 64
 _MAX_SHORT = 4096
 _MAX_BEGINS = 8
+_CACHED_WORDS = 100_000
 _PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
 
 
@@ -103,6 +104,8 @@ class TextEncoder:
         self._begins = _begins(controls)
         self._short: dict[str, Any] = {}
         self._copy = _renamed(state, self._to_private)
+        if hasattr(self._copy.model, "_resize_cache"):  # of words already seen; a tenth of the time
+            self._copy.model._resize_cache(_CACHED_WORDS)
         assert all(self._copy.token_to_id(self._to_private[text]) == id for text, id in controls.items())
         self.control_ids = frozenset(token["id"] for token in state["added_tokens"])
         self.bos_ids = _prefix_ids(tokenizer)
@@ -122,7 +125,9 @@ class TextEncoder:
         found: list[int] = self.encode([text])[0].ids
         return found
 
-    def encode_apart(self, texts: Sequence[tuple[str, Sequence[int]]]) -> list[Apart]:
+    def encode_apart(
+        self, texts: Sequence[tuple[str, Sequence[int]]], wholes: Sequence[Any] | None = None
+    ) -> list[Apart]:
         """Encode texts such that what stands before each edge has the ids it would have alone.
 
         Nearly always the whole text's ids already have this property and are kept. Where a token would span
@@ -131,29 +136,29 @@ class TextEncoder:
 
         Args:
             texts: Each with its edges, ascending places in it.
+            wholes: What `encode` gave for them, where it is known.
         """
-        wholes = self.encode([text for text, _ in texts])
+        if wholes is None:
+            wholes = self.encode([text for text, _ in texts])
         # What stands before a control token has no say in the ids after it, so checking from there is enough.
         spans = [_since_control(text, edges) for text, edges in texts]
         parts = self._parts_of(
-            [text[a:b] for (text, _), pairs in zip(texts, spans, strict=True) for a, b in pairs]
+            {text[a:b] for (text, _), pairs in zip(texts, spans, strict=True) for a, b in pairs}
         )
         return [
             self._apart(text, whole, [(a, b, parts[text[a:b]]) for a, b in pairs])
             for (text, _), whole, pairs in zip(texts, wholes, spans, strict=True)
         ]
 
-    def _parts_of(self, texts: Sequence[str]) -> dict[str, Any]:
+    def _parts_of(self, texts: set[str]) -> dict[str, Any]:
         """What each text becomes alone; the short ones, mostly the heads of turns, are remembered."""
-        known = self._short
-        new = list({text: None for text in texts if text not in known})
-        if new:
-            found = dict(zip(new, self.encode(new), strict=True))
-            if len(known) + len(new) > _MAX_SHORT:
-                known.clear()
-            known.update((text, part) for text, part in found.items() if len(text) <= _SHORT)
-            return {text: known.get(text) or found.get(text) or self.encode([text])[0] for text in texts}
-        return known
+        found = {text: self._short[text] for text in texts if text in self._short}
+        new = [text for text in texts if text not in found]
+        found.update(zip(new, self.encode(new), strict=True))
+        if len(self._short) + len(new) > _MAX_SHORT:
+            self._short.clear()
+        self._short.update((text, found[text]) for text in new if len(text) <= _SHORT)
+        return found
 
     def _apart(self, text: str, whole: Any, checks: Sequence[tuple[int, int, Any]]) -> Apart:
         ids: list[int] = whole.ids
