@@ -31,9 +31,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from graft.data.duplicates import BATCH, Duplicates
 from graft.data.examples import Pair, Text
-from graft.data.words import PASSED_OVER
+from graft.data.filters.duplicates import BATCH, Duplicates
+from graft.data.filters.words import PASSED_OVER
 
 RESULTS = Path(__file__).parent / "results"
 TEXTS = Path(__file__).resolve().parents[2] / "shared" / "datasets" / "instruct" / "alpaca_en_demo.json"

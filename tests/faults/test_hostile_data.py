@@ -339,7 +339,7 @@ def test_a_file_gives_its_rows_or_an_error_with_its_place(case: Case, tmp_path: 
 def test_a_number_in_a_list_is_one_wherever_the_file_is_cut(
     piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graft.data.json_window._PIECE", piece)
+    monkeypatch.setattr("graft.data.readers.json_window._PIECE", piece)
     path = tmp_path / "rows.json"
     path.write_bytes(b"[1234567890, " + LA + b", 12345678901234]")
     refused: list[tuple[str, str]] = []

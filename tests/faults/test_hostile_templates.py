@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from graft.data import budget
-from graft.data.templates import ChatTemplate
+from graft.data.chat import budget
+from graft.data.chat.templates import ChatTemplate
 from graft.errors import DataError
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]

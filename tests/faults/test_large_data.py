@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from graft.data.rows import MAX_ROW_BYTES, SHOWN_BYTES
+from graft.data.readers.rows import MAX_ROW_BYTES, SHOWN_BYTES
+from graft.data.readers.text_files import DOCUMENT_CHARACTERS
 from graft.data.sources import read_rows
-from graft.data.text_files import DOCUMENT_CHARACTERS
 from graft.errors import DataError
 
 MB = 1 << 20
@@ -178,7 +178,7 @@ def test_a_bomb_of_spaces_is_read_to_its_end_in_little_memory(
 
 
 def test_a_very_long_text_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graft.data.text_files.DOCUMENT_CHARACTERS", 10)
+    monkeypatch.setattr("graft.data.readers.text_files.DOCUMENT_CHARACTERS", 10)
     path = tmp_path / "text.txt"
     path.write_text("0123456789")
     assert [row.value for row in read_rows(path)] == ["0123456789"]

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from graft.data.chat.templates import read_template
 from graft.data.formats import Conversation, Pair
 from graft.data.masking import IGNORED, Encoder, Rejected, Sample
-from graft.data.templates import read_template
 from graft.data.tokens import TextEncoder
 from graft.errors import DataError
 

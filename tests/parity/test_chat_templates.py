@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from graft.data.chat.templates import ChatTemplate, read_template
 from graft.data.examples import Conversation
-from graft.data.templates import ChatTemplate, read_template
 from graft.errors import DataError
 
 CALL = {

@@ -55,7 +55,7 @@ def test_json_lines_are_what_json_reads(tmp_path: Path, ascii_only: bool, packed
 def test_a_json_list_is_what_json_reads_wherever_it_is_cut(
     tmp_path: Path, indent: int | None, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graft.data.json_window._PIECE", piece)
+    monkeypatch.setattr("graft.data.readers.json_window._PIECE", piece)
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(ROWS[:300], indent=indent, ensure_ascii=False), encoding="utf-8")
     assert values(path) == json.loads(path.read_text(encoding="utf-8"))
@@ -147,7 +147,7 @@ def test_the_real_datasets_package_streams_a_local_data_set(
 def test_a_broken_list_is_told_at_the_place_that_json_tells(
     tmp_path: Path, piece: int, newline: str, bad: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graft.data.json_window._PIECE", piece)
+    monkeypatch.setattr("graft.data.readers.json_window._PIECE", piece)
     path = tmp_path / "rows.json"
     text = "[" + f",{newline}".join([*(json.dumps(row, ensure_ascii=False) for row in TEXTS[:40]), bad]) + "]"
     path.write_text(text, encoding="utf-8")

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from graft.data import frames
+from graft.data.chat import frames
+from graft.data.chat.templates import read_template
+from graft.data.chat.turns import Choice
 from graft.data.examples import Conversation, Pair
 from graft.data.masking import IGNORED, Encoder, Rejected, Sample
 from graft.data.samples import CUT_LEFT, OLDER_CUT, PARTED
-from graft.data.templates import read_template
-from graft.data.turns import Choice
 
 CONTROLS = [
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>",

@@ -14,11 +14,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from graft.data.check_bins import bins, width_of
-from graft.data.check_counts import counts, first_places, heading
-from graft.data.check_facts import Facts
-from graft.data.check_rules import Finding
-from graft.data.check_samples import CONTROL, END, LEARNED, Shown, show
+from graft.data.check.bins import bins, width_of
+from graft.data.check.counts import counts, first_places, heading
+from graft.data.check.facts import Facts
+from graft.data.check.rules import Finding
+from graft.data.check.samples import CONTROL, END, LEARNED, Shown, show
 from graft.data.report import LEARNED_MARKS
 from graft.training.data_check import Checked
 

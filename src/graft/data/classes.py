@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from graft.config import closest
-from graft.data.cleaning import Cleaning
 from graft.data.columns import check_used
 from graft.data.config import DataConfig
-from graft.data.content import Content, content_of
 from graft.data.examples import Pair, column_text
+from graft.data.filters.cleaning import Cleaning
+from graft.data.filters.content import Content, content_of
 from graft.data.masking import Encoder
 from graft.data.prepare import Dataset, count_samples, make_encoder
 from graft.data.quarantine import Quarantine

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from graft.config import did_you_mean
-from graft.data.rows import Refuse, Row
+from graft.data.readers.rows import Refuse, Row
 from graft.errors import ConfigError, DataError
 
 OPTIONAL = ("system", "tools", "history", "input")

@@ -14,8 +14,11 @@ from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 from graft.data.ahead import in_order
+from graft.data.batches import batches_of, refusal, texts_of
+from graft.data.chat.frames import Frames
+from graft.data.chat.templates import ChatTemplate
+from graft.data.chat.turns import Choice, Rendered, find_contents, find_turns, is_answer
 from graft.data.examples import Conversation, Example, Message, Pair, Text
-from graft.data.frames import Frames
 from graft.data.samples import (
     CONTROL_AS_TEXT,
     END_ADDED,
@@ -28,16 +31,12 @@ from graft.data.samples import (
     without,
 )
 from graft.data.shortening import Shortener
-from graft.data.templates import ChatTemplate
-from graft.data.tokens import Apart, TextEncoder, private_character
-from graft.data.turns import Choice, Rendered, find_contents, find_turns, is_answer
+from graft.data.tokens import Apart, TextEncoder
 from graft.errors import DataError
 
 __all__ = ["IGNORED", "Encoder", "Rejected", "Sample", "encode", "prompt_ids"]
 
 LossOn = Literal["auto", "completion", "all"]
-_MAX_ROWS, _MAX_CHARACTERS = 2_048, 1 << 20
-"""Of a batch; the tokenizer needs some ten bytes for each character of it meanwhile."""
 
 
 @dataclass
@@ -165,7 +164,7 @@ class Encoder:
         Raises:
             DataError: The tokenizer has no end-of-text token, or no chat template where one is needed.
         """
-        batches = map(self._begun, _batches(examples))
+        batches = map(self._begun, batches_of(examples))
         for begun, encodings in in_order(self._tokenized, batches, workers):
             for example, draft in zip(begun.examples, self._finished(begun, encodings), strict=True):
                 if isinstance(draft, Rejected):
@@ -184,7 +183,7 @@ class Encoder:
 
     def _cut(self, conversation: Conversation, index: int, max_length: int) -> Draft | None:
         """A conversation without the begin of one message, as short as asked; None where that cannot be."""
-        if any(map(self.text.spells_control, _texts(conversation))):
+        if any(map(self.text.spells_control, texts_of(conversation))):
             messages, tools = self.text.quote_controls([conversation.messages, conversation.tools])
             conversation = replace(conversation, messages=messages, tools=tools)
         found = self._exact(conversation)
@@ -214,8 +213,8 @@ class Encoder:
         """Render examples, and say which texts of them the tokenizer has to read."""
         begun = _Begun(examples)
         for index, example in enumerate(examples):
-            texts = _texts(example)
-            rejected = _check(example, texts)
+            texts = texts_of(example)
+            rejected = refusal(example, texts)
             if rejected is not None:
                 begun.rejected[index] = rejected
                 continue
@@ -231,7 +230,7 @@ class Encoder:
                 begun.chats[index] = found
         self._check_plain(list(begun.plain.values()))
         begun.texts = [chat.text for chat in begun.chats.values()]
-        begun.texts += [text for example in begun.plain.values() for text in _texts(example)]
+        begun.texts += [text for example in begun.plain.values() for text in texts_of(example)]
         return begun
 
     def _finished(self, begun: _Begun, encodings: Sequence[Any]) -> list[Draft | Rejected]:
@@ -379,59 +378,3 @@ def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message], tools: list[Any]
         DataError: The tokenizer is not a fast one, or its chat template is missing or refuses the messages.
     """
     return (tokenizer if isinstance(tokenizer, Encoder) else Encoder(tokenizer)).prompt(prompt, tools)
-
-
-def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    batch: list[Example] = []
-    size = 0
-    for example in examples:
-        batch.append(example)
-        size += sum(map(len, _texts(example)))
-        if len(batch) == _MAX_ROWS or size >= _MAX_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _check(example: Example, texts: Sequence[str]) -> Rejected | None:
-    for text in texts:
-        # Asking whether a text is ASCII costs nothing; most are.
-        if not text.isascii() and (char := private_character(text)):
-            reason = f"the text holds the private character U+{ord(char):X}, which graft needs for itself"
-            return Rejected(example.where, reason, "remove the character", invalid=True)
-    if isinstance(example, Conversation):
-        return _check_images(example) if example.images else None
-    if texts[-1].strip():
-        return None
-    what = "the completion is empty" if isinstance(example, Pair) else "the text is empty"
-    return Rejected(example.where, f"nothing to learn: {what}")
-
-
-def _check_images(example: Conversation) -> Rejected:
-    assert example.images is not None
-    count = len(example.images.paths)
-    return Rejected(
-        example.where,
-        f"the row has {count} {'image' if count == 1 else 'images'}: only a multimodal base could "
-        f"learn from it, "
-        "and graft trains on text alone",
-        "leave out the column of images and the <image> marks, or the row (data.skip_invalid)",
-        invalid=True,
-    )
-
-
-def _texts(example: Example) -> Sequence[str]:
-    if isinstance(example, Conversation):
-        if not example.tools and all(len(message) == 2 for message in example.messages):
-            return [message["content"] for message in example.messages]
-        return list(_strings([example.messages, example.tools]))
-    return (example.prompt, example.completion) if isinstance(example, Pair) else (example.text,)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for part in parts:
-        yield from _strings(part)

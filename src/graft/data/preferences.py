@@ -12,10 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graft.data.cleaning import Cleaning
 from graft.data.columns import check_used
 from graft.data.config import DataConfig
-from graft.data.content import DIGEST_BYTES, Content, content_of
 from graft.data.examples import (
     Conversation,
     Message,
@@ -25,6 +23,8 @@ from graft.data.examples import (
     plain_pair,
     read_alpaca,
 )
+from graft.data.filters.cleaning import Cleaning
+from graft.data.filters.content import DIGEST_BYTES, Content, content_of
 from graft.data.formats import PROMPTS, Example, Pair
 from graft.data.masking import Encoder
 from graft.data.prepare import Dataset, count_samples, make_encoder

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from graft.data.cache import entry_for
-from graft.data.cleaning import Cleaning
+from graft.data.chat.templates import read_template
+from graft.data.chat.turns import Choice
 from graft.data.config import DataConfig
-from graft.data.content import Content, content_of
+from graft.data.filters.cleaning import Cleaning
+from graft.data.filters.content import Content, content_of
 from graft.data.formats import Example
 from graft.data.held import figures_of, repeats
 from graft.data.listener import SILENT, Listener
@@ -25,8 +27,6 @@ from graft.data.report import Report, num_rows, show_sample
 from graft.data.samples import CUT_LEFT, OLDER_CUT, PARTED, SPLIT, TRUNCATED, Rejected, Sample
 from graft.data.sources import Row, Source
 from graft.data.store import Store, StoreWriter
-from graft.data.templates import read_template
-from graft.data.turns import Choice
 from graft.errors import DataError
 
 WORKERS = 2

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from graft.data.arrow_files import read_arrow, read_parquet, saved_files
 from graft.data.columns import renamed, row_text
-from graft.data.compressed import is_gzip
-from graft.data.hub import is_hub, read_hub
-from graft.data.json_files import read_json
-from graft.data.json_lines import read_json_lines
-from graft.data.rows import MAX_ROW_BYTES, Refuse, Row, check_text, kind_of, stop
-from graft.data.table_files import read_table
-from graft.data.text_files import read_document
+from graft.data.readers.arrow_files import read_arrow, read_parquet, saved_files
+from graft.data.readers.compressed import is_gzip
+from graft.data.readers.hub import is_hub, read_hub
+from graft.data.readers.json_files import read_json
+from graft.data.readers.json_lines import read_json_lines
+from graft.data.readers.rows import MAX_ROW_BYTES, Refuse, Row, check_text, kind_of, stop
+from graft.data.readers.table_files import read_table
+from graft.data.readers.text_files import read_document
 from graft.errors import DataError, StorageError
 
 __all__ = ["IN_MEMORY", "MAX_ROW_BYTES", "Refuse", "Row", "Source", "find_files", "name_of", "read_rows"]

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from graft.data.cleaning import Cleaning
 from graft.data.config import DataConfig
+from graft.data.filters.cleaning import Cleaning
 from graft.data.held import chosen, figures_of, held, lengths_of
 from graft.data.masking import Encoder
 from graft.data.mixing import Joined, Mixture, shares

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from graft.data.check_bins import bins, width_of
-from graft.data.check_facts import Facts
+from graft.data.check.bins import bins, width_of
+from graft.data.check.facts import Facts
 from graft.evaluate.report import show
 
 STYLES = ("run", "check")

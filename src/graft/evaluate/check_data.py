@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from graft.data.check_counts import KINDS
-from graft.data.check_facts import Facts
-from graft.data.check_rows import row_of
-from graft.data.check_samples import Shown, show
+from graft.data.check.counts import KINDS
+from graft.data.check.facts import Facts
+from graft.data.check.rows import row_of
+from graft.data.check.samples import Shown, show
 from graft.data.masking import Encoder
 from graft.data.prepare import Dataset
 

@@ -13,9 +13,9 @@ from html import escape
 from pathlib import Path
 from typing import Any, ClassVar
 
-from graft.data.check_counts import counts, heading
-from graft.data.check_facts import Facts as DataFacts
-from graft.data.check_rules import Finding
+from graft.data.check.counts import counts, heading
+from graft.data.check.facts import Facts as DataFacts
+from graft.data.check.rules import Finding
 from graft.data.masking import Encoder
 from graft.data.prepare import Dataset
 from graft.evaluate.check_bars import Learned, Lengths, Tiles

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from graft.config import closest
+from graft.data.chat.turns import Choice
 from graft.data.config import DataConfig
 from graft.data.formats import Conversation, Example, Text
 from graft.data.loader import Loader
 from graft.data.masking import Encoder, Rejected, Sample
-from graft.data.turns import Choice
 from graft.errors import ConfigError, DataError, ModelError
 from graft.evaluate.answers import (
     answer_of,

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from graft.data.chat.templates import read_template
 from graft.data.columns import check_used
 from graft.data.config import DataConfig
 from graft.data.formats import Detected, Example, detect, to_example
 from graft.data.sources import Row, read_rows
-from graft.data.templates import read_template
 from graft.errors import ConfigError, DataError
 from graft.evaluate.generate import GenerationConfig
 from graft.evaluate.metrics import Need, Prediction, find_metrics

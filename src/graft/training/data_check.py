@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from graft.data.check import Split, examine
-from graft.data.check_facts import Facts
-from graft.data.check_rules import Finding, find
+from graft.data.check.checking import Split, examine
+from graft.data.check.facts import Facts
+from graft.data.check.rules import Finding, find
 from graft.data.masking import Encoder
 from graft.data.prepare import Dataset, make_encoder
 from graft.data.tokens import TextEncoder

@@ -20,11 +20,11 @@ from graft.adapters.settings import DATA, RANDOM
 from graft.adapters.starts import SUBTRACTED, stored_starts
 from graft.adapters.targets import select_targets
 from graft.data.classes import ClassReader
-from graft.data.hub import is_hub
 from graft.data.loader import Batch
 from graft.data.preferences import PLAIN, prepare_pairs
 from graft.data.prepare import Dataset, prepare
 from graft.data.quarantine import Quarantine
+from graft.data.readers.hub import is_hub
 from graft.data.report import num_rows, shorten_sample
 from graft.data.sources import IN_MEMORY, Source
 from graft.data.splits import Read, prepare_splits

@@ -11,7 +11,7 @@ from typing import Any
 
 from graft.adapters.attached import Adapter
 from graft.adapters.peft_format import save_adapter
-from graft.data.templates import read_template
+from graft.data.chat.templates import read_template
 from graft.errors import CheckpointError
 from graft.files import sha256_file
 from graft.models.classifier import is_classifier, labels_of

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from graft.config import Settings, build
-from graft.data.check_rows import row_of, template_marks
-from graft.data.check_samples import CONTROL, END, LEARNED, show
+from graft.data.check.rows import row_of, template_marks
+from graft.data.check.samples import CONTROL, END, LEARNED, show
 from graft.data.masking import Encoder
 from graft.data.samples import IGNORED, Sample
 from graft.training.config import RunConfig

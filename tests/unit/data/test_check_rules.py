@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graft.data.check_bins import bins, width_of
-from graft.data.check_facts import Facts, Packed, Place, quantile
-from graft.data.check_faults import ROUND, needed_length
-from graft.data.check_rules import LEVELS, RULES, find
+from graft.data.check.bins import bins, width_of
+from graft.data.check.facts import Facts, Packed, Place, quantile
+from graft.data.check.faults import ROUND, needed_length
+from graft.data.check.rules import LEVELS, RULES, find
 from graft.data.config import DataConfig
 
 PACKED = Packed(num_rows=40, num_steps=5, utilisation=0.95, packing=True, first=((0, 1),), row_tokens=256)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from graft.data.chat.turns import Choice
 from graft.data.config import DataConfig
 from graft.data.examples import Conversation, Text
 from graft.data.formats import detect, to_example
 from graft.data.masking import Encoder, Rejected
 from graft.data.sources import Row
-from graft.data.turns import Choice
 from graft.errors import ConfigError, DataError
 
 SOURCE = (

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graft.data.content import content_of
-from graft.data.duplicates import Duplicates
 from graft.data.examples import Conversation, Example, Pair, Text
-from graft.data.near_duplicates import NUM_HASHES, SKETCH, NearIndex, bands_for
-from graft.data.sorted_index import DigestIndex, Places, SortedIndex
+from graft.data.filters.content import content_of
+from graft.data.filters.duplicates import Duplicates
+from graft.data.filters.near_duplicates import NUM_HASHES, SKETCH, NearIndex, bands_for
+from graft.data.filters.sorted_index import DigestIndex, Places, SortedIndex
 
 
 def pair(prompt: str, completion: str, line: int) -> Pair:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from graft.data.examples import Pair, Text
-from graft.data.overlap import MAX_ROWS, NGRAM, Overlap
+from graft.data.filters.overlap import MAX_ROWS, NGRAM, Overlap
 
 WORDS = [f"w{i}" for i in range(200)]
 

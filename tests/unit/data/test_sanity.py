@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from graft.data.content import content_of
 from graft.data.examples import Conversation, Example, Pair, Text
-from graft.data.sanity import FINDINGS, Sanity
-from graft.data.scripts import OTHER
+from graft.data.filters.content import content_of
+from graft.data.filters.sanity import FINDINGS, Sanity
+from graft.data.filters.scripts import OTHER
 
 QUESTION = "What is the capital of France, and since when?"
 ODD = {

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from graft.data import turns
+from graft.data.chat import turns
+from graft.data.chat.templates import ChatTemplate, read_template
+from graft.data.chat.turns import find_turns
 from graft.data.examples import Conversation
-from graft.data.templates import ChatTemplate, read_template
-from graft.data.turns import find_turns
 
 NAMES = [
     "alpaca",

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from graft.data import words as module
-from graft.data.words import Grams, grams, words
+from graft.data.filters import words as module
+from graft.data.filters.words import Grams, grams, words
 
 TEXTS = [
     "Hello, World!",

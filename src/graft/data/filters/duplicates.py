@@ -7,11 +7,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from graft.data.content import Content, content_of
 from graft.data.examples import Example
-from graft.data.near_duplicates import NearIndex
+from graft.data.filters.content import Content, content_of
+from graft.data.filters.near_duplicates import NearIndex
+from graft.data.filters.sorted_index import DigestIndex, Places, as_numbers
 from graft.data.report import MAX_PLACES
-from graft.data.sorted_index import DigestIndex, Places, as_numbers
 
 BATCH = 2048
 """Examples at a time; more save nothing and hold more memory."""

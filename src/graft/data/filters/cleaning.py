@@ -12,11 +12,11 @@ from itertools import islice
 from typing import Protocol, TypeVar
 
 from graft.data.config import DataConfig
-from graft.data.content import Content
-from graft.data.duplicates import BATCH, Duplicates, Twin
-from graft.data.overlap import Overlap
+from graft.data.filters.content import Content
+from graft.data.filters.duplicates import BATCH, Duplicates, Twin
+from graft.data.filters.overlap import Overlap
+from graft.data.filters.sanity import Sanity
 from graft.data.report import MAX_PLACES, Report, num_rows
-from graft.data.sanity import Sanity
 from graft.errors import DataError
 
 T = TypeVar("T")

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from graft.data.compressed import is_gzip, open_text
-from graft.data.rows import (
+from graft.data.readers.compressed import is_gzip, open_text
+from graft.data.readers.rows import (
     MAX_ROW_BYTES,
     SHOWN_BYTES,
     Refuse,

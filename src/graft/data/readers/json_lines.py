@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from graft.data.compressed import open_bytes
-from graft.data.rows import (
+from graft.data.readers.compressed import open_bytes
+from graft.data.readers.rows import (
     MAX_ROW_BYTES,
     NO_TEXT,
     SHOWN_BYTES,

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from graft.data.compressed import open_text
-from graft.data.json_lines import checked_row, read_json_lines
-from graft.data.json_window import SPACE, Window
-from graft.data.rows import MAX_ROW_BYTES, SHOWN_BYTES, Refuse, Row, kind_of, too_long
+from graft.data.readers.compressed import open_text
+from graft.data.readers.json_lines import checked_row, read_json_lines
+from graft.data.readers.json_window import SPACE, Window
+from graft.data.readers.rows import MAX_ROW_BYTES, SHOWN_BYTES, Refuse, Row, kind_of, too_long
 from graft.errors import DataError
 
 _LENIENT = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)

@@ -21,10 +21,10 @@ from jinja2.compiler import CodeGenerator
 from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from graft.data import budget
-from graft.data.budget import Meter
-from graft.data.template_syntax import INNER, Charging, watched
-from graft.data.template_words import Dict, SafeNamespace, charged, raise_exception, tojson
+from graft.data.chat import budget
+from graft.data.chat.budget import Meter
+from graft.data.chat.template_syntax import INNER, Charging, watched
+from graft.data.chat.template_words import Dict, SafeNamespace, charged, raise_exception, tojson
 
 _OF_DICTS = frozenset(dir(dict))
 _ORDERED = frozenset(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from graft.data.check_facts import Place
+from graft.data.check.facts import Place
 from graft.data.masking import Encoder
 from graft.data.samples import CONTROL_AS_TEXT, SPLIT, Kind, Range, Sample
 

@@ -6,11 +6,11 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-from graft.data.check_facts import Facts, Packed, Place
-from graft.data.check_rows import Reread, reread, row_of
-from graft.data.check_tally import MOST_CHOSEN, MOST_PLACES, Progress, Tally
+from graft.data.check.facts import Facts, Packed, Place
+from graft.data.check.rows import Reread, reread, row_of
+from graft.data.check.tally import MOST_CHOSEN, MOST_PLACES, Progress, Tally
 from graft.data.config import DataConfig
-from graft.data.findings import FINDINGS
+from graft.data.filters.findings import FINDINGS
 from graft.data.formats import CHAT_FORMATS
 from graft.data.loader import Loader
 from graft.data.masking import Encoder

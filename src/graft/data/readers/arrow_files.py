@@ -9,8 +9,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from graft.data.compressed import open_ordinary
-from graft.data.rows import Refuse, Row, check_text
+from graft.data.readers.compressed import open_ordinary
+from graft.data.readers.rows import Refuse, Row, check_text
 from graft.errors import DataError, StorageError
 from graft.files import read_json
 

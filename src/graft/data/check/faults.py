@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from graft.data.check_facts import Facts, quantile
+from graft.data.check.facts import Facts, quantile
 from graft.data.config import DataConfig
-from graft.data.findings import FINDINGS
+from graft.data.filters.findings import FINDINGS
 from graft.data.formats import CHAT_FORMATS
 
 ROUND = 64

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from graft.data.content import Content, normalized
-from graft.data.findings import FINDINGS
+from graft.data.filters.content import Content, normalized
+from graft.data.filters.findings import FINDINGS
+from graft.data.filters.scripts import main_scripts, script_names
+from graft.data.filters.words import Grams, code_points, counted, grams, visible_and_letters, words
 from graft.data.report import MAX_PLACES, num_rows
-from graft.data.scripts import main_scripts, script_names
-from graft.data.words import Grams, code_points, counted, grams, visible_and_letters, words
 
 MIN_WORDS = 30
 """Shorter texts repeat words by chance."""

@@ -15,12 +15,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from graft.data.content import Content, content_of
-from graft.data.duplicates import BATCH, Twin
 from graft.data.examples import Example
-from graft.data.near_duplicates import NearIndex
-from graft.data.sorted_index import DigestIndex, Places, as_numbers
-from graft.data.words import Grams, grams, words
+from graft.data.filters.content import Content, content_of
+from graft.data.filters.duplicates import BATCH, Twin
+from graft.data.filters.near_duplicates import NearIndex
+from graft.data.filters.sorted_index import DigestIndex, Places, as_numbers
+from graft.data.filters.words import Grams, grams, words
 
 By = Literal["exact", "near", "ngrams"]
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from graft.config import did_you_mean
-from graft.data.arrow_files import plain
-from graft.data.rows import Refuse, Row, check_text
+from graft.data.readers.arrow_files import plain
+from graft.data.readers.rows import Refuse, Row, check_text
 from graft.errors import DataError, StorageError
 
 PREFIX = "hub:"

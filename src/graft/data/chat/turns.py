@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from graft.data.chat.templates import ChatTemplate
 from graft.data.examples import Conversation, Message
-from graft.data.templates import ChatTemplate
 from graft.errors import DataError
 
 Span = tuple[int, int]

@@ -16,8 +16,8 @@ from typing import Any
 import jinja2
 import jinja2.nodes
 
-from graft.data import sandbox
-from graft.data.budget import SpentError
+from graft.data.chat import sandbox
+from graft.data.chat.budget import SpentError
 from graft.data.examples import Conversation, Message
 from graft.errors import DataError, StorageError
 

@@ -10,8 +10,8 @@ from typing import Any
 import jinja2
 from jinja2.utils import Namespace
 
-from graft.data import budget
-from graft.data.budget import Meter, SpentError
+from graft.data.chat import budget
+from graft.data.chat.budget import Meter, SpentError
 
 _MAX_DIGITS = 4096
 _MAX_SEPARATOR = 16

@@ -9,8 +9,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from graft.data.findings import SCRIPTS
-from graft.data.words import code_points
+from graft.data.filters.findings import SCRIPTS
+from graft.data.filters.words import code_points
 
 OTHER = "another script"
 

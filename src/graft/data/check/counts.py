@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from graft.data.check_facts import Facts
-from graft.data.findings import FINDINGS
+from graft.data.check.facts import Facts
+from graft.data.filters.findings import FINDINGS
 
 NAMED = 3
 """First places that are named beside a count."""

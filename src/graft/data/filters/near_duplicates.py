@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from graft.data.content import Content
+from graft.data.filters.content import Content
+from graft.data.filters.sorted_index import Column, SortedIndex
+from graft.data.filters.words import grams, words
 from graft.data.shuffling import mixed
-from graft.data.sorted_index import Column, SortedIndex
-from graft.data.words import grams, words
 
 SHINGLE = 3
 """Words of a shingle. One changed word changes three: 40 words with one changed are alike to 0.85 (of 5-grams

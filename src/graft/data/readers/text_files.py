@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from graft.data.compressed import open_text
-from graft.data.rows import SHOWN_BYTES, Refuse, Row, find_no_text, no_text, unescaped
+from graft.data.readers.compressed import open_text
+from graft.data.readers.rows import SHOWN_BYTES, Refuse, Row, find_no_text, no_text, unescaped
 
 DOCUMENT_CHARACTERS = 64 << 20
 """Longest document; a longer file is cut behind the last line that ends before this, again and again."""

@@ -19,10 +19,10 @@ from typing import Any
 
 from jinja2 import nodes
 
+from graft.data.chat.templates import ChatTemplate
+from graft.data.chat.turns import Rendered, find_contents
 from graft.data.examples import Conversation
-from graft.data.templates import ChatTemplate
 from graft.data.tokens import TextEncoder
-from graft.data.turns import Rendered, find_contents
 from graft.errors import DataError
 
 _WITNESSES = 3
@@ -197,7 +197,7 @@ def words_of(source: str) -> tuple[list[str], frozenset[str]]:
     Returns:
         Texts that it searches for, and all texts that a content could be compared with.
     """
-    from graft.data.sandbox import Environment
+    from graft.data.chat.sandbox import Environment
 
     parsed = Environment().parse(source)
     searched: set[str] = set()

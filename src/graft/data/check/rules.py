@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from graft.data import check_faults as faults
-from graft.data.check_facts import Facts
-from graft.data.check_faults import TEMPLATED, Told
+from graft.data.check import faults
+from graft.data.check.facts import Facts
+from graft.data.check.faults import TEMPLATED, Told
 
 LEVELS = ("stop", "alarm", "advice", "note")
 """From what no run gets past to what is good to know."""

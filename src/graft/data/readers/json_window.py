@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from graft.data.json_lines import DECODER
-from graft.data.rows import MAX_ROW_BYTES, no_text, too_long
+from graft.data.readers.json_lines import DECODER
+from graft.data.readers.rows import MAX_ROW_BYTES, no_text, too_long
 from graft.errors import DataError
 
 SPACE = re.compile(r"[ \t\r\n]*")

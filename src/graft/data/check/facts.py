@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from graft.data.check_bins import bins, width_of
+from graft.data.check.bins import bins, width_of
 from graft.data.samples import Kind
 
 

@@ -1,0 +1,1 @@
+"""What training rows pass through: duplicates, rows of the evaluation data, odd rows."""
