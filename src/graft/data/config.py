@@ -52,8 +52,8 @@ class DataConfig:
     columns: Mapping[str, str] = field(default_factory=dict)
     """The file's column for each part that has another name there: {prompt: question, completion: answer}."""
 
-    workers: int = 1
-    """Threads that make batches ahead of the step that uses them; 0 makes each when it is wanted."""
+    workers: int = 0
+    """Threads that make batches ahead of the step that uses them; a batch takes a millisecond."""
     cache: bool | str = True
     """Keep tokens of files of 16 MiB or more, in graft's cache directory or in the one that is named."""
     prompt_template: str | None = None
@@ -110,7 +110,7 @@ class DataConfig:
             raise ConfigError(
                 f"workers must be at least 0 threads, got {self.workers}",
                 where="data.workers",
-                fix="1 is enough on most machines",
+                fix="0 makes each batch when it is wanted",
             )
         self._check_roles()
         if self.limit is not None and self.limit < 1:
