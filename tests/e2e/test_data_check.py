@@ -95,6 +95,24 @@ def test_data_that_stops_a_run_has_code_2_and_is_shown(
     assert not (tmp_path / "run").exists()
 
 
+def test_bad_rows_are_left_out_where_that_is_asked_for(
+    tiny_dir: Callable[..., Path], rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with rows.open("a") as file:
+        file.write("{broken\n" + json.dumps({"prompt": 3, "completion": "x"}) + "\n")
+    words = ["--model", str(tiny_dir("llama")), "--data", str(rows), "--skip-invalid"]
+    code, told = answer(capsys, *words)
+    assert code == 0
+    counts = told["training"]
+    assert (counts["num_rows"], counts["num_used"], counts["num_rejected"]) == (42, 40, 2)
+    steps = ["--set", "training.max_steps=1", "--quiet", "--json"]
+    assert run(["train", *words, "--out", str(tmp_path / "run"), *steps]) == 0
+    kept = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert [line["where"].removeprefix(str(rows)) for line in kept] == [":41:2", ":42"]
+    derived = json.loads((tmp_path / "run" / "run.json").read_text())["derived"]
+    assert re.fullmatch(r"[\d.]+% used, the rest is padding", derived["token places"])
+
+
 @pytest.mark.parametrize(
     ("words", "kind"),
     [

@@ -36,13 +36,16 @@ def check(
         str | None, typer.Option("--model", "-m", help='Directory, hub id, or "builtin" (the default).')
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", "-d", help="Training data: jsonl, json, csv, txt.")
+        str | None, typer.Option("--data", "-d", help="Training data: a file, a directory, hub:owner/name.")
     ] = None,
     eval_data: Annotated[str | None, typer.Option("--eval-data", help="Evaluation data.")] = None,
     preset: Annotated[str | None, typer.Option("--preset", help="As of graft train.")] = None,
     task: Annotated[
         str | None, typer.Option("--task", help="generation (the default) or classification.")
     ] = None,
+    skip_invalid: Annotated[
+        bool, typer.Option("--skip-invalid", help="Leave out rows that cannot be used, as graft train does.")
+    ] = False,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="Any field: section.key=value. May be repeated.")
     ] = None,
@@ -70,6 +73,7 @@ def check(
         eval_data=eval_data,
         task=task,
         preset=preset,
+        skip_invalid=skip_invalid,
         assignments=assignments or [],
     )
     run_config = build(RunConfig, settings)

@@ -30,6 +30,10 @@ METHODS: dict[str, dict[str, str | None]] = {
 """What --method sets; it wins over the file, except that qlora keeps the quantization of the file. Adapter
 methods other than lora go with a quantization or without."""
 
+SKIP_INVALID = (
+    "Leave out rows that cannot be used, each into quarantine.jsonl of the run, instead of stopping."
+)
+
 UNWANTED = {"full": {"adapter", "quantization"}, "lora": {"quantization"}}
 """Sections that a method is without: those of the file are left out, and told; those of --set are refused."""
 
@@ -59,6 +63,7 @@ def train(
         str | None, typer.Option("--task", help="generation (the default) or classification.")
     ] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Run directory to make.")] = None,
+    skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help=SKIP_INVALID)] = False,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="Any field: section.key=value. May be repeated.")
     ] = None,
@@ -85,6 +90,7 @@ def train(
     """Fine-tune a model; --resume RUN goes on exactly where a run stopped."""
     given: dict[str, object] = {"CONFIG": config, "--model": model, "--data": data, "--eval-data": eval_data}
     given |= {"--method": method, "--preset": preset, "--task": task, "--out": out}
+    given |= {"--skip-invalid": skip_invalid}
     if allow_changes and resume is None:
         raise ConfigError(
             "only a run that goes on can change", where="--allow-change", fix="--resume RUN, or leave it out"
@@ -116,6 +122,7 @@ def train(
             out=out,
             task=task,
             preset=preset,
+            skip_invalid=skip_invalid,
             assignments=assignments or [],
         )
         finished = _start(settings, quiet, watch)
@@ -132,6 +139,7 @@ def settings_of(
     out: str | None = None,
     task: str | None = None,
     preset: str | None = None,
+    skip_invalid: bool = False,
     assignments: Sequence[str] = (),
 ) -> Settings:
     """The settings of a run: a file's, over them those of flags, over these those of --set.
@@ -148,6 +156,8 @@ def settings_of(
     for name, value in (("task", task), ("preset", preset)):
         if value is not None:
             flags.put(name, value, f"--{name}")
+    if skip_invalid:
+        flags.put("data.skip_invalid", True, "--skip-invalid")
     settings.update(flags)
     assigned = read_assignments(assignments)
     _check_method(method, assigned)

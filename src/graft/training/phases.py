@@ -121,6 +121,7 @@ def _phases(
             if training.optimizer.placement:
                 reasons["optimizer"] = training.optimizer.placement
             reasons["steps"] = f"{training.num_steps} optimizer steps"
+            reasons["token places"] = f"{job.loader.utilisation():.1%} used, the rest is padding"
             reasons["machine"] = str(training.figures.product_rate)
             reasons |= preset_reasons(config) | unusual(config, training.job.learning_rate)
             record["derived"] = reasons
