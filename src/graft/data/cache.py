@@ -67,7 +67,7 @@ def entry_for(
         encoder: What makes its samples.
         config: How.
         split: Which file of a directory.
-        seen: Digests of the sources that its rows are compared with.
+        seen: What its rows are compared with, and what the notes about them name: the sources before it.
 
     Raises:
         DataError: The kind of file is unknown.

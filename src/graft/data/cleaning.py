@@ -50,7 +50,8 @@ class Cleaning:
     Attributes:
         compares: Whether all rows are compared with those before them and with the evaluation data.
         overlap: The evaluation data; None where there is none yet.
-        seen: Digests of the sources that went through, on which hangs what becomes of the next one.
+        seen: Split, name and digest of each source that went through: on them hangs what becomes of the next
+            one. Evaluation rows and earlier training rows have not the same say.
         num_eval: Evaluation rows that were found in the training data.
     """
 

@@ -23,7 +23,7 @@ from graft.data.quarantine import Quarantine
 from graft.data.reading import LeftOut, Reading, refuse_all
 from graft.data.report import Report, num_rows, show_sample
 from graft.data.samples import CUT_LEFT, OLDER_CUT, PARTED, SPLIT, TRUNCATED, Rejected, Sample
-from graft.data.sources import Row, Source
+from graft.data.sources import Row, Source, name_of
 from graft.data.store import Store, StoreWriter
 from graft.data.templates import read_template
 from graft.data.turns import Choice
@@ -98,7 +98,7 @@ def prepare(
     encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
     cleaning = cleaning or Cleaning(config)
     build = partial(_build, source, encoder, config, split, cleaning, listener)
-    entry = entry_for(source, encoder, config, split, cleaning.seen if cleaning.compares else ())
+    entry = entry_for(source, encoder, config, split, cleaning.seen)
     found = build(quarantine, None) if entry is None else None
     if entry is not None:
         with entry.held(listener):
@@ -112,7 +112,7 @@ def prepare(
                 cleaning.pass_by(again, entry.num_eval())
     assert found is not None
     samples, report, digest = found
-    cleaning.seen.append(digest)
+    cleaning.seen.append(f"{split} {name_of(source)} {digest}")
     return Dataset(samples, report, digest)
 
 

@@ -232,6 +232,31 @@ def test_overlap_with_evaluation_data_is_known_from_the_cache(
     assert places(train) == [f"{first}:{line}" for line in range(1, 6)]
 
 
+def test_a_file_compared_with_evaluation_data_is_not_taken_for_one_of_a_mixture(
+    data: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """The same two files in the same order: rows of the second stay in the one case and go in the other."""
+    first, second = twins(tmp_path)
+    apart = settings(tmp_path, train=second, eval=first, deduplicate="exact")
+    train, _ = prepare_splits(tokenizer, apart)
+    assert train.report.removed == {}
+    together = settings(tmp_path, mix={first: 1.0, second: 1.0}, deduplicate="exact")
+    found, _ = prepare_splits(tokenizer, together)
+    assert found.report.removed == {"duplicate": 10}
+
+
+def test_notes_about_other_evaluation_data_are_not_told_again(
+    data: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    first, second = twins(tmp_path)
+    train, _ = prepare_splits(tokenizer, settings(tmp_path, train=first, eval=second))
+    assert len(train.report.places["overlap"]) == 10
+    Path(second).write_text('{"prompt": "Something else?", "completion": " Yes"}\n')
+    train, _ = prepare_splits(tokenizer, settings(tmp_path, train=first, eval=second))
+    assert "overlap" not in train.report.places
+    assert not [note for note in train.report.notes if "evaluation data" in note]
+
+
 def test_rows_left_out_are_known_from_the_cache(data: Path, tokenizer: Any, tmp_path: Path) -> None:
     data.write_text(data.read_text() + "not json\n" + '{"prompt": 1, "completion": "a"}\n')
     found = []
