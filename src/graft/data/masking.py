@@ -92,9 +92,11 @@ class Encoder:
         self._frames: Frames | None = None
 
     def digest(self) -> str:
-        """SHA-256 over the tokenizer, the ids it puts around texts, and the template."""
+        """SHA-256 over the tokenizer, the ids it puts around texts, the template and the words it knows."""
         text = self.text
-        parts = [text.digest, text.bos_ids, text.eos_id, self._source or self.tokenizer.chat_template]
+        words = {name: str(word) for name, word in self.tokenizer.special_tokens_map.items()}
+        template = self._source or self.tokenizer.chat_template
+        parts = [text.digest, text.bos_ids, text.eos_id, template, words]
         return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()
 
     @property

@@ -97,6 +97,19 @@ def test_another_content_or_tokenizer_makes_another_entry(
     assert len(entries(tmp_path)) == 3
 
 
+def test_another_word_that_templates_write_makes_another_entry(
+    data: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """`bos_token` stands in no tokenizer.json, and `{{ bos_token }}` writes it."""
+    prepare(str(data), tokenizer, settings(tmp_path))
+    before, tokenizer.bos_token = tokenizer.bos_token, tokenizer.eos_token
+    try:
+        prepare(str(data), tokenizer, settings(tmp_path))
+    finally:
+        tokenizer.bos_token = before
+    assert len(entries(tmp_path)) == 2
+
+
 def test_small_files_and_no_cache_keep_nothing(
     data: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
