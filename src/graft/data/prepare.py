@@ -145,12 +145,12 @@ def _build(
     examples = cleaning.pass_on(split)(reading.examples(), _content, report)
     control_ids = encoder.text.control_ids
     num_ids = max(len(encoder.tokenizer), *(id + 1 for id in control_ids), 1)
-    writer = StoreWriter(num_ids, control_ids, directory)
+    writer = StoreWriter(num_ids, control_ids, directory, prefix=report.path)
     for sample in _encoded(examples, reading, encoder, config, listener):
-        writer.add(sample, sample.where.removeprefix(report.path))
+        writer.add(sample)
     if not writer.num_samples:
         refuse_all(report)
-    samples = writer.store(report.path)
+    samples = writer.store()
     count_samples(samples, encoder, report)
     _note(report, reading.lost_characters())
     report.preview = [show_sample(sample, encoder.tokenizer) for sample in samples[:2]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,23 @@ def test_a_directory_gives_its_splits(tmp_path: Path, write: Any, tokenizer: Any
     train, held_out = prepare_splits(tokenizer, DataConfig(train=str(tmp_path), eval=str(tmp_path)))
     assert held_out is not None
     assert (len(train.samples), len(held_out.samples)) == (30, 10)
+
+
+def test_a_place_is_what_it_is_however_the_source_was_written(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"prompt": "a", "completion": " b"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    monkeypatch.chdir(tmp_path)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    name = os.fsdecode(b"caf\xe9.txt")
+    (texts / name).write_text("a b")
+    sources: dict[str, Any] = {"row 1": [row], f"texts/{name}:1": "./texts"}
+    sources |= {"train.jsonl:1": "./train.jsonl", f"{tmp_path}/train.jsonl:1": f"{tmp_path}//train.jsonl"}
+    for where, source in sources.items():
+        assert [sample.where for sample in prepare(source, tokenizer, DataConfig()).samples] == [where]
+    assert prepare(".", tokenizer, DataConfig()).samples[0].where == "train.jsonl:1"
 
 
 def test_a_directory_of_texts_is_a_document_each(tmp_path: Path, tokenizer: Any) -> None:

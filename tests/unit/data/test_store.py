@@ -28,10 +28,10 @@ def samples(draw: st.DrawFn) -> Sample:
 
 
 def written(rows: list[Sample], place: Path | None, spill_bytes: int, num_ids: int = 1 << 16) -> Store:
-    writer = StoreWriter(num_ids, CONTROLS, place, spill_bytes)
+    writer = StoreWriter(num_ids, CONTROLS, place, spill_bytes, prefix="data/")
     for sample in rows:
-        writer.add(sample, sample.where.removeprefix("data/"))
-    return writer.store("data/")
+        writer.add(sample)
+    return writer.store()
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
