@@ -15,6 +15,10 @@ from graft.data.prompts import FORMATS, PromptTemplate
 from graft.errors import ConfigError
 
 
+_TRUTHS = ("true", "false", "yes", "no", "on", "off", "none", "null")
+"""Texts that are no directory of that name, unless it is written as a path."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which rows are trained on, and how they become tokens.
@@ -119,9 +123,23 @@ class DataConfig:
                 where="data.limit",
                 fix="leave it out to use every row",
             )
+        self._check_places()
         self._check_prompts()
         self._check_mix()
         self._check_cleaning()
+
+    def _check_places(self) -> None:
+        for name in ("train", "eval", "chat_template", "cache"):
+            if getattr(self, name) == "":
+                raise ConfigError(
+                    f"{name} is an empty name", where=f"data.{name}", fix="name it, or leave it out"
+                )
+        if isinstance(self.cache, str) and self.cache.lower() in _TRUTHS:
+            raise ConfigError(
+                f"cache is the text {self.cache!r}, which would be the name of a directory",
+                where="data.cache",
+                fix=f"write {self.cache.lower()} without quotes, or ./{self.cache} for such a directory",
+            )
 
     def _check_prompts(self) -> None:
         if self.prompt_template is None:

@@ -42,14 +42,18 @@ from graft.training.monitors import Monitor
 
 
 def rooted(config: RunConfig) -> RunConfig:
-    """The same configuration with full paths, so that the run can be resumed from any directory."""
-    places = {
-        name: os.path.abspath(os.path.expanduser(value))
-        for name in ("train", "eval", "chat_template")
-        if (value := getattr(config.data, name)) and not (is_hub(value) or value == IN_MEMORY)
+    """The same configuration with full paths, so that the run can be resumed from any directory.
+
+    Raises:
+        ConfigError: Two names of `data.mix` are the same file.
+    """
+    places: dict[str, Any] = {
+        name: _rooted_path(value)
+        for name in ("train", "eval", "chat_template", "cache")
+        if isinstance(value := getattr(config.data, name), str)
     }
     directories: dict[str, Any] = {
-        name: os.path.abspath(os.path.expanduser(value))
+        name: _rooted_path(value)
         for name in ("optimizer_spill", "activation_offload")
         if isinstance(value := getattr(config.training, name), str)
     }
@@ -61,8 +65,20 @@ def rooted(config: RunConfig) -> RunConfig:
     )
 
 
+def _rooted_path(path: str) -> str:
+    return path if is_hub(path) or path == IN_MEMORY else os.path.abspath(os.path.expanduser(path))
+
+
 def _rooted_mix(config: RunConfig) -> dict[str, float | None]:
-    return {os.path.abspath(os.path.expanduser(path)): weight for path, weight in config.data.mix.items()}
+    found: dict[str, float | None] = {}
+    for path, weight in config.data.mix.items():
+        place = _rooted_path(path)
+        if place in found:
+            raise ConfigError(
+                f"mix names {place} twice", where="data.mix", fix="name it once, with the sum of the weights"
+            )
+        found[place] = weight
+    return found
 
 
 def check_places(config: RunConfig) -> None:

@@ -230,6 +230,10 @@ def test_the_copied_tokenizer_gives_the_same_ids(shared: Path, name: str) -> Non
         ({"eval_fraction": 1.0}, "data.eval_fraction"),
         ({"eval_fraction": 0.1, "eval": "x"}, "data.eval_fraction"),
         ({"limit": 0}, "data.limit"),
+        ({"train": ""}, "data.train"),
+        ({"eval": ""}, "data.eval"),
+        ({"cache": ""}, "data.cache"),
+        ({"cache": "False"}, "data.cache"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(fields: dict[str, Any], where: str) -> None:
