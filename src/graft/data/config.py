@@ -14,7 +14,6 @@ from graft.data.findings import SCRIPTS, Finding
 from graft.data.prompts import FORMATS, PromptTemplate
 from graft.errors import ConfigError
 
-
 _TRUTHS = ("true", "false", "yes", "no", "on", "off", "none", "null")
 """Texts that are no directory of that name, unless it is written as a path."""
 

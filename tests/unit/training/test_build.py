@@ -76,6 +76,20 @@ def test_relative_paths_resume_from_another_directory(
     assert (tmp_path / "elsewhere" / "merged" / "config.json").exists()
 
 
+def test_evaluation_data_of_a_data_config_counts(
+    tiny_dir: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    base = load(tiny_dir("llama"))
+    attach(base.model, LoraConfig(rank=4))
+    settings: dict[str, Any] = {"data": str(rows), "output": tmp_path / "run", "max_steps": 1}
+    for twice in ({"train": "other.jsonl"}, {"eval": "other.jsonl"}):
+        with pytest.raises(ConfigError, match=r"data_config names other.jsonl"):
+            train(base, **settings, eval_data=str(rows), data_config=DataConfig(max_length=64, **twice))
+    run = train(base, **settings, data_config=DataConfig(max_length=64, eval=str(rows)))
+    record = json.loads((run.directory / "run.json").read_text())
+    assert record["identity"]["evaluation data"] is not None
+
+
 def test_full_paths_are_those_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name on the hub is no path, and a file has one name however it is written."""
     monkeypatch.chdir(tmp_path)
