@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from graft import files
 from graft.data import cache, cleaning, store
 from graft.data.config import DataConfig
 from graft.data.listener import SILENT
@@ -20,6 +21,7 @@ from graft.data.loader import Loader
 from graft.data.prepare import Dataset, prepare
 from graft.data.quarantine import Quarantine
 from graft.data.splits import prepare_splits
+from graft.errors import DataError, StorageError
 from graft.models.load import load_tokenizer
 
 ROWS = [{"prompt": f"Question {number}?", "completion": f"Answer {number % 7}."} for number in range(40)]
@@ -143,6 +145,21 @@ def test_a_row_that_is_refused_leaves_no_entry(data: Path, tokenizer: Any, tmp_p
     assert entries(tmp_path) == []
 
 
+def test_a_file_that_changes_while_it_is_read_leaves_no_entry(
+    data: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    class Writing:
+        say = staticmethod(SILENT.say)
+
+        @staticmethod
+        def preparing(num_rows: int, num_tokens: int, share: float | None) -> None:
+            data.write_text(data.read_text() + '{"prompt": "one", "completion": "more"}\n')
+
+    with pytest.raises(DataError, match="changed while it was read"):
+        prepare(str(data), tokenizer, settings(tmp_path), listener=Writing())
+    assert entries(tmp_path) == []
+
+
 def test_entries_used_longest_ago_make_room(
     data: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +175,56 @@ def test_entries_used_longest_ago_make_room(
     assert oldest not in entries(tmp_path)
     assert middle in entries(tmp_path)
     assert first.samples[3] == held, "a store that is open goes on"
+
+
+def test_only_entries_make_room(
+    data: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What else lies in a directory that the user named stays, whatever its files are called."""
+    others = tmp_path / "kept" / "photographs"
+    others.mkdir(parents=True)
+    (others / "dataset.json").write_text("{}")
+    monkeypatch.setattr(cache, "MAX_BYTES", 0)
+    prepare(str(data), tokenizer, settings(tmp_path))
+    assert (others / "dataset.json").exists()
+
+
+def test_what_a_killed_process_left_is_removed_and_what_is_being_made_is_not(
+    data: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    prepare(str(data), tokenizer, settings(tmp_path))
+    (entry,) = entries(tmp_path)
+    root = entry.parent
+    left = [root / f".{key}.1{files.PARTIAL}" for key in (entry.name, "a" * 64, "b" * 64)]
+    for partial in left:
+        partial.mkdir()
+        (partial / "tokens").write_bytes(b"0")
+    shutil.rmtree(entry)
+    with files.locked(root / f"{'b' * 64}.lock"):
+        prepare(str(data), tokenizer, settings(tmp_path))
+    assert [partial.exists() for partial in left] == [False, False, True]
+
+
+def test_an_entry_that_another_process_opens_is_not_removed(
+    data: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(str(data), tokenizer, settings(tmp_path))
+    (entry,) = entries(tmp_path)
+    monkeypatch.setattr(cache, "MAX_BYTES", 0)
+    with files.locked(entry.with_name(f"{entry.name}.lock")):
+        prepare(str(data), tokenizer, settings(tmp_path, limit=5))
+    assert entry.exists()
+    prepare(str(data), tokenizer, settings(tmp_path, limit=6))
+    assert not entry.exists()
+
+
+def test_a_cache_that_cannot_be_written_says_which_setting_names_it(
+    data: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="tokens cannot be kept") as caught:
+        prepare(str(data), tokenizer, DataConfig(cache=str(tmp_path / "file")))
+    assert "data.cache" in caught.value.fix
 
 
 def _work(path: str, model: str, place: str, start: Any, found: Any) -> None:
