@@ -65,7 +65,7 @@ class Cleaning:
             "near" if config.deduplicate == "near" else "exact", config.near_threshold
         )
         self.overlap: Overlap | None = None
-        self.seen: list[str] = []
+        self.seen = ["all rows are looked at"] if thorough else []
         self.num_eval = 0
         self._passed_by: list[Callable[[], None]] = []
 

@@ -20,6 +20,7 @@ from graft.adapters.settings import DATA, RANDOM
 from graft.adapters.starts import SUBTRACTED, stored_starts
 from graft.adapters.targets import select_targets
 from graft.data.classes import ClassReader
+from graft.data.cleaning import Cleaning
 from graft.data.hub import is_hub
 from graft.data.loader import Batch
 from graft.data.preferences import PLAIN, prepare_pairs
@@ -116,6 +117,7 @@ def prepare_data(
     *,
     given: Mapping[str, Source] | None = None,
     quarantine: Quarantine | None = None,
+    thorough: bool = False,
 ) -> tuple[Dataset, Dataset | None]:
     """The samples to train on and to evaluate with, and what is told about them.
 
@@ -125,6 +127,7 @@ def prepare_data(
         tokenizer: That of the base, where it is loaded already.
         given: Rows from Python as "train" and "eval".
         quarantine: Receives each row that is left out under skip_invalid.
+        thorough: Whether all rows are looked at for what is only told; see `Cleaning`.
 
     Raises:
         ConfigError: There is no training data, or a setting has nothing to act on.
@@ -134,7 +137,8 @@ def prepare_data(
             "no training data", where="data.train", fix="--data FILE, or data.train in the config"
         )
     tokenizer = tokenizer or load_tokenizer(config.model.name, config.model.revision)
-    train_data, eval_data = _splits(tokenizer, config, monitor, given, quarantine)
+    cleaning = Cleaning(config.data, thorough=thorough)
+    train_data, eval_data = _splits(tokenizer, config, monitor, given, quarantine, cleaning)
     if config.data.chat_template and train_data.report.format in ("text", "prompt_completion", PLAIN):
         raise ConfigError(
             f"a chat template does not act on {train_data.report.format} data",
@@ -163,6 +167,7 @@ def _splits(
     monitor: Monitor,
     given: Mapping[str, Source] | None,
     quarantine: Quarantine | None,
+    cleaning: Cleaning,
 ) -> tuple[Dataset, Dataset | None]:
     read: Read = partial(prepare, listener=monitor)
     if config.task == "classification":
@@ -181,6 +186,7 @@ def _splits(
         seed=config.training.seed,
         read=read,
         kind=sample_kind(config),
+        cleaning=cleaning,
         given=given,
         quarantine=quarantine,
     )
