@@ -125,18 +125,19 @@ class Cleaning:
         """
         sanity, found = Sanity(self._config.scripts), _Found()
         before = self._duplicates.num_contradictions, len(self._duplicates.contradictions)
-        num_items = num_kept = 0
+        num_items = num_looked_at = num_kept = 0
         for batch in _batches(items):
             num_items += len(batch)
             past = self._past(num_items)
             stay = batch if past else self._stay(batch, list(map(content, batch)), sanity, found)
+            num_looked_at = num_looked_at if past else num_items
             num_kept += len(stay)
             yield from stay
         if self.overlap is not None:
             self.num_eval = self.overlap.num_eval
-        if self._past(num_items):
+        if num_looked_at < num_items:
             report.notes.append(
-                f"only the first {LOOKED_AT:,} rows were looked at; graft data check looks at all"
+                f"only the first {num_looked_at:,} rows were looked at; graft data check looks at all"
             )
         self._tell(report, sanity, found)
         self._tell_contradictions(report, *before)

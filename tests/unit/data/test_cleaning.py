@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from graft.data import cleaning
 from graft.data.classes import ClassReader
+from graft.data.cleaning import Cleaning
 from graft.data.config import DataConfig
+from graft.data.content import content_of
+from graft.data.examples import Pair
 from graft.data.preferences import prepare_pairs
 from graft.data.prepare import Dataset
+from graft.data.report import Report
 from graft.data.splits import prepare_splits
 from graft.errors import ConfigError, DataError
 
@@ -28,6 +34,21 @@ ROWS = [
     {"prompt": "todo", "completion": "N/A"},
     {"prompt": "drei", "completion": " три"},
 ]
+
+
+def test_the_rows_that_were_looked_at_are_told_exactly() -> None:
+    """All answers are odd: the first that is not told is the one behind so many."""
+    rows = [
+        content_of(Pair(str(number), "N/A", f"rows:{number}")) for number in range(cleaning.LOOKED_AT + 900)
+    ]
+    report = Report("rows", "", "")
+    assert list(Cleaning(DataConfig()).keep(rows, lambda row: row, report)) == rows
+    told = " ".join(report.notes)
+    found = re.search(r"([\d,]+) rows: a placeholder", told)
+    looked_at = re.search(r"only the first ([\d,]+) rows were looked at", told)
+    assert found
+    assert looked_at
+    assert found[1] == looked_at[1]
 
 
 @pytest.fixture(scope="module")
