@@ -217,7 +217,7 @@ class Encoder:
         begun = _Begun(examples)
         for index, example in enumerate(examples):
             texts = _texts(example)
-            rejected = _check(example, texts)
+            rejected = _check(example, texts) or self._check_flags(example)
             if rejected is not None:
                 begun.rejected[index] = rejected
                 continue
@@ -248,6 +248,14 @@ class Encoder:
             if isinstance(draft, Draft):
                 drafts[index] = replace(draft, remarks=(*draft.remarks, CONTROL_AS_TEXT))
         return [drafts[index] for index in range(len(begun.examples))]
+
+    def _check_flags(self, example: Example) -> Rejected | None:
+        """Refuse a message that is not to be learned where all tokens are."""
+        if self._loss_on != "all" or not isinstance(example, Conversation) or all(example.flags.values()):
+            return None
+        message = next(index for index, learned in example.flags.items() if not learned)
+        reason = f"message {message + 1} is not to be learned, and data.loss_on is all"
+        return Rejected(example.where, reason, "leave out one of them", invalid=True)
 
     def _render(self, conversation: Conversation, *, quoting: bool) -> Rendered | Rejected:
         where = conversation.where
