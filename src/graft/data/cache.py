@@ -27,7 +27,7 @@ from graft.data.quarantine import Quarantine
 from graft.data.report import Report
 from graft.data.sources import Source, name_of, source_files
 from graft.data.store import Store
-from graft.errors import DataError
+from graft.errors import DataError, StorageError
 
 MIN_BYTES = 16 << 20
 """Smaller files are tokenized in seconds, and not kept."""
@@ -166,6 +166,7 @@ class Entry:
         report.notes.append(f"tokens kept in {self.path} ({samples.num_bytes / 1e6:,.0f} MB)")
         described = {
             "sizes": samples.sizes(),
+            "digests": {name: files.sha256_file(directory / name) for name in samples.sizes()},
             "token_dtype": samples.token_dtype.str,
             "remarks": [list(remarks) for remarks in samples.remarks],
             "report": report.to_dict(),
@@ -183,7 +184,7 @@ class Entry:
         return int(files.read_json(self.path / _DESCRIPTION)["num_eval"])
 
     def open(self, quarantine: Quarantine | None) -> tuple[Store, Report, str] | None:
-        """What is kept; None where there is nothing, or only a part of it, which is then removed.
+        """What is kept; None where there is nothing, or not what was written, which is then removed.
 
         Args:
             quarantine: Receives the rows that were left out.
@@ -193,11 +194,8 @@ class Entry:
         """
         if not self.path.exists():
             return None
-        found: dict[str, Any] = {}
-        if (self.path / _DESCRIPTION).exists():
-            found = files.read_json(self.path / _DESCRIPTION)
-        sizes = {name: _size(self.path / name) for name in found.get("sizes", {})}
-        if not sizes or sizes != found["sizes"]:
+        found = self._described()
+        if found is None or not self._is_whole(found):
             files.remove_directory(self.path)
             return None
         report = Report(**found["report"])
@@ -209,6 +207,21 @@ class Entry:
         if quarantine is not None and (self.path / _QUARANTINE).exists():
             quarantine.take(self.path / _QUARANTINE)
         return store, report, found["digest"]
+
+    def _described(self) -> dict[str, Any] | None:
+        """The description; None where it is damaged or missing."""
+        try:
+            found = files.read_json(self.path / _DESCRIPTION)
+        except StorageError:
+            return None
+        return found if isinstance(found, dict) and found.keys() >= {"sizes", "digests"} else None
+
+    def _is_whole(self, described: dict[str, Any]) -> bool:
+        """Whether all columns are as they were written, byte by byte; about a second for a gigabyte."""
+        sizes, digests = described["sizes"], described["digests"]
+        return {name: _size(self.path / name) for name in sizes} == sizes and all(
+            files.sha256_file(self.path / name) == digest for name, digest in digests.items()
+        )
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -99,6 +99,15 @@ def test_another_content_or_tokenizer_makes_another_entry(
     assert len(entries(tmp_path)) == 3
 
 
+def test_other_code_makes_another_entry(
+    data: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(str(data), tokenizer, settings(tmp_path))
+    monkeypatch.setattr(cache, "_code", lambda: "of another version")
+    prepare(str(data), tokenizer, settings(tmp_path))
+    assert len(entries(tmp_path)) == 2
+
+
 def test_another_word_that_templates_write_makes_another_entry(
     data: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -125,12 +134,20 @@ def test_small_files_and_no_cache_keep_nothing(
     assert len(entries(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("damage", ["short", "missing", "no description"])
+@pytest.mark.parametrize(
+    "damage", ["short", "missing", "no description", "torn description", "other description", "flipped"]
+)
 def test_a_damaged_entry_is_made_anew(data: Path, tokenizer: Any, tmp_path: Path, damage: str) -> None:
     made = content(prepare(str(data), tokenizer, settings(tmp_path)))
     (entry,) = entries(tmp_path)
     if damage == "short":
         os.truncate(entry / "tokens", 10)
+    elif damage == "flipped":
+        tokens = bytearray((entry / "tokens").read_bytes())
+        tokens[len(tokens) // 2] ^= 1
+        (entry / "tokens").write_bytes(tokens)
+    elif damage.endswith(" description") and damage != "no description":
+        (entry / "dataset.json").write_text("{" if damage == "torn description" else "[]")
     else:
         (entry / ("spans" if damage == "missing" else "dataset.json")).unlink()
     assert content(prepare(str(data), tokenizer, settings(tmp_path))) == made
