@@ -99,6 +99,26 @@ def test_another_content_or_tokenizer_makes_another_entry(
     assert len(entries(tmp_path)) == 3
 
 
+def test_a_copy_of_a_file_keeps_its_own_places(data: Path, tokenizer: Any, tmp_path: Path) -> None:
+    prepare(str(data), tokenizer, settings(tmp_path))
+    copy = tmp_path / "copy" / data.name
+    copy.parent.mkdir()
+    shutil.copy(data, copy)
+    found = prepare(str(copy), tokenizer, settings(tmp_path))
+    assert found.report.path == str(copy)
+    assert found.samples[0].where == f"{copy}:1"
+
+
+def test_rows_left_out_of_training_data_are_there_in_evaluation_data(
+    data: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """The same file: cleaning acts on training rows only."""
+    data.write_text(data.read_text() * 2)
+    asked = settings(tmp_path, deduplicate="exact")
+    assert len(prepare(str(data), tokenizer, asked).samples) == len(ROWS)
+    assert len(prepare(str(data), tokenizer, asked, "eval").samples) == 2 * len(ROWS)
+
+
 def test_other_code_makes_another_entry(
     data: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
