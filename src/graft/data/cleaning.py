@@ -30,6 +30,14 @@ _TOLD = {
     "near_duplicate": ("says nearly what an earlier one says", "say nearly what an earlier one says"),
 }
 
+_FIELD_OF = {
+    "overlap": "overlap",
+    "duplicate": "deduplicate",
+    "near_duplicate": "deduplicate",
+    "other_script": "scripts",
+}
+"""The field that leaves out rows for a reason; the others are values of `drop`."""
+
 
 class PassOn(Protocol):
     """Passes rows on, or some of them."""
@@ -143,10 +151,11 @@ class Cleaning:
         self._tell_contradictions(report, *before)
         if num_items and not num_kept and found.removed:
             told = ", ".join(f"{count:,} {name}" for name, count in found.removed.items())
+            fields = {f"data.{_FIELD_OF.get(name, 'drop')}" for name in found.removed}
             raise DataError(
                 f"no row is left after cleaning ({told})",
                 where=report.path,
-                fix="loosen data.deduplicate or data.drop",
+                fix=f"loosen {' or '.join(sorted(fields))}, or leave the file out",
             )
 
     def _past(self, num_items: int) -> bool:

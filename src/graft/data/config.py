@@ -235,6 +235,19 @@ class DataConfig:
                 fix="leave out one of them",
             )
 
+    def refuse_cache(self) -> None:
+        """Refuse a directory for tokens, for data whose tokens are not kept.
+
+        Raises:
+            ConfigError: One is named.
+        """
+        if isinstance(self.cache, str):
+            raise ConfigError(
+                f"cache names {self.cache}, but tokens of preferences and of texts with a class are not kept",
+                where="data.cache",
+                fix="leave it out",
+            )
+
     def refuse_turns(self, reason: str, cuts: tuple[str, ...] = ("split",)) -> None:
         """Refuse what only conversations have, for data of another kind.
 

@@ -199,3 +199,32 @@ def test_a_field_that_cannot_act_is_refused(fields: Any, where: str) -> None:
         DataConfig(**fields)
     assert caught.value.where == f"data.{where}"
     assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"overlap": "drop"}, "loosen data.overlap, or"),
+        ({"scripts": ("Han",)}, "loosen data.scripts, or"),
+        (
+            {"scripts": ("Han", "Latin"), "drop": ("placeholder",), "overlap": "drop"},
+            "data.drop or data.overlap,",
+        ),
+    ],
+)
+def test_what_left_out_the_last_row_is_named(
+    write: Any, tokenizer: Any, fields: dict[str, Any], named: str
+) -> None:
+    evaluation = write([{"prompt": "two", "completion": " zwei"}], "eval.jsonl")
+    path = write([{"prompt": "two", "completion": " zwei"}, *([ROWS[6]] if "drop" in fields else [])])
+    with pytest.raises(DataError, match="no row is left") as caught:
+        prepare_splits(tokenizer, DataConfig(train=path, eval=evaluation, **fields))
+    assert named in caught.value.fix
+
+
+@pytest.mark.parametrize("kind", ["class", "pair"])
+def test_a_directory_for_tokens_that_are_not_kept_is_refused(write: Any, tokenizer: Any, kind: str) -> None:
+    read: Any = ClassReader() if kind == "class" else prepare_pairs
+    with pytest.raises(ConfigError, match="not kept") as caught:
+        read(write(ROWS), tokenizer, DataConfig(cache="somewhere"))
+    assert caught.value.where == "data.cache"
