@@ -349,6 +349,19 @@ def test_overlap_with_evaluation_data_is_known_from_the_cache(
     assert places(train) == [f"{first}:{line}" for line in range(1, 6)]
 
 
+def test_new_training_rows_are_compared_with_evaluation_data_whose_tokens_were_kept(
+    data: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    first, second = twins(tmp_path)
+    asked = settings(tmp_path, train=first, eval=second, overlap="drop")
+    prepare_splits(tokenizer, asked)
+    Path(first).write_text("".join(json.dumps(row) + "\n" for row in ROWS[5:20]))
+    train, held_out = prepare_splits(tokenizer, asked)
+    assert places(train) == [f"{first}:{line}" for line in range(1, 6)]
+    assert held_out is not None
+    assert held_out.report.num_overlap == 10
+
+
 def test_a_file_compared_with_evaluation_data_is_not_taken_for_one_of_a_mixture(
     data: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
