@@ -91,6 +91,7 @@ def test_a_message_that_is_not_to_be_learned_is_refused_where_all_is(tokenizer: 
     assert refused.invalid
     assert "message 3 is not to be learned" in refused.reason
     assert not isinstance(kept, Rejected)
+    assert kept[0].labels[1:] == kept[0].input_ids[1:]
 
 
 def test_flags_that_contradict_each_other_are_refused() -> None:

@@ -82,7 +82,8 @@ def test_evaluation_data_of_a_data_config_counts(
     base = load(tiny_dir("llama"))
     attach(base.model, LoraConfig(rank=4))
     settings: dict[str, Any] = {"data": str(rows), "output": tmp_path / "run", "max_steps": 1}
-    for twice in ({"train": "other.jsonl"}, {"eval": "other.jsonl"}):
+    for name in ("train", "eval"):
+        twice: dict[str, Any] = {name: "other.jsonl"}
         with pytest.raises(ConfigError, match=r"data_config names other.jsonl"):
             train(base, **settings, eval_data=str(rows), data_config=DataConfig(max_length=64, **twice))
     run = train(base, **settings, data_config=DataConfig(max_length=64, eval=str(rows)))
