@@ -118,7 +118,7 @@ def rate(num_rows: int, rounds: int) -> dict[str, Any]:
         texts = [tokens.apply_chat_template(chat, tokenize=False) for chat in chats]
         ways: dict[str, Callable[[], Any]] = {"tokenizer": lambda: (raw(texts, tokens), 0.0)}
         ways["graft"] = lambda: ours(path, tokens)
-        if find_spec("trl") and find_spec("datasets"):
+        if rounds > 1 and find_spec("trl") and find_spec("datasets"):
             ways["trl"] = lambda: theirs(path, tokens)
         for way in list(ways)[:2]:
             ways[way]()

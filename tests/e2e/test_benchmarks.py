@@ -76,6 +76,12 @@ def test_quantizing_afterwards_and_in_training_are_compared(shared: Path) -> Non
     assert "qat, nf4: " in told
 
 
+def test_preparation_is_timed_beside_the_tokenizer_and_memory_measured(shared: Path) -> None:
+    told = run("data.py", "--small", "--bytes", "3e5")
+    assert "tokens_per_second" in told
+    assert told.count("grown_by_an_epoch_bytes") == 6
+
+
 def test_duplicates_are_found_beside_peers(shared: Path, tmp_path: Path) -> None:
     texts = str(shared / "datasets" / "instruct" / "alpaca_en_demo.json")
     told = run(

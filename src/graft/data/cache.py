@@ -8,10 +8,13 @@ that reads one then keeps its open files.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import os
+import re
+import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from graft.data.quarantine import Quarantine
 from graft.data.report import Report
 from graft.data.sources import Source, name_of, source_files
 from graft.data.store import Store
+from graft.errors import DataError, StorageError
 
 MIN_BYTES = 16 << 20
 """Smaller files are tokenized in seconds, and not kept."""
@@ -46,6 +50,9 @@ _WITHOUT_EFFECT = (
     "chat_template",
 )
 """Settings that samples do not hang on; a template counts by its text."""
+_ELSEWHERE = "name a directory that may be written with data.cache, or set it to false"
+_KEY = re.compile("[0-9a-f]{64}")
+"""Names of entries; whatever else lies in a directory that the user named is not ours."""
 _LIBRARIES = ("tokenizers", "transformers", "jinja2")
 
 
@@ -67,7 +74,7 @@ def entry_for(
         encoder: What makes its samples.
         config: How.
         split: Which file of a directory.
-        seen: Digests of the sources that its rows are compared with.
+        seen: What its rows are compared with, and what the notes about them name: the sources before it.
 
     Raises:
         DataError: The kind of file is unknown.
@@ -78,6 +85,7 @@ def entry_for(
     found = source_files(source, split) if config.cache is not False else None
     if not found or sum(file.stat().st_size for file in found) < MIN_BYTES:
         return None
+    stamps = tuple((file, _stamp(file)) for file in found)
     settings = dataclasses.asdict(config)
     key = files.sha256_json(
         {
@@ -91,7 +99,7 @@ def entry_for(
         }
     )
     root = default_directory() if config.cache is True else Path(str(config.cache)).expanduser()
-    return Entry(root / key)
+    return Entry(root / key, stamps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +108,11 @@ class Entry:
 
     Attributes:
         path: Its place, named after the digest of what it was made of.
+        stamps: The files whose digests these are, each with the time and size that it had before.
     """
 
     path: Path
+    stamps: tuple[tuple[Path, tuple[int, int]], ...] = ()
 
     @contextmanager
     def held(self, listener: Listener) -> Iterator[None]:
@@ -112,10 +122,15 @@ class Entry:
             StorageError: The cache cannot be written.
         """
         root = self.path.parent
-        with files.refusing(root, 0):
+        try:
             root.mkdir(parents=True, exist_ok=True)
-        lock = root / f"{self.path.name}.lock"
-        with files.locked(lock, lambda: listener.say("waiting: another process prepares the same data")):
+        except OSError as error:
+            files.refuse(error, root, None, "tokens cannot be kept", _ELSEWHERE)
+        if not os.access(root, os.W_OK | os.X_OK):
+            denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            files.refuse(denied, root, None, "tokens cannot be kept", _ELSEWHERE)
+        waiting = "waiting: another process prepares the same data"
+        with files.locked(_lock(self.path), lambda: listener.say(waiting)):
             yield
 
     @contextmanager
@@ -123,10 +138,18 @@ class Entry:
         """A directory to fill, which becomes the entry at the end; older entries make room for it.
 
         Raises:
+            DataError: A file was changed meanwhile, so that its digest is not that of what was read.
             StorageError: The disk refused.
         """
         with files.new_directory(self.path) as partial:
             yield partial
+            for file, stamp in self.stamps:
+                if _stamp(file) != stamp:
+                    raise DataError(
+                        "the file was changed while it was read",
+                        where=str(file),
+                        fix="start again when it is written completely",
+                    )
         _make_room(self.path)
 
     def describe(
@@ -143,6 +166,7 @@ class Entry:
         report.notes.append(f"tokens kept in {self.path} ({samples.num_bytes / 1e6:,.0f} MB)")
         described = {
             "sizes": samples.sizes(),
+            "digests": {name: files.sha256_file(directory / name) for name in samples.sizes()},
             "token_dtype": samples.token_dtype.str,
             "remarks": [list(remarks) for remarks in samples.remarks],
             "report": report.to_dict(),
@@ -160,7 +184,7 @@ class Entry:
         return int(files.read_json(self.path / _DESCRIPTION)["num_eval"])
 
     def open(self, quarantine: Quarantine | None) -> tuple[Store, Report, str] | None:
-        """What is kept; None where there is nothing, or only a part of it, which is then removed.
+        """What is kept; None where there is nothing, or not what was written, which is then removed.
 
         Args:
             quarantine: Receives the rows that were left out.
@@ -170,11 +194,8 @@ class Entry:
         """
         if not self.path.exists():
             return None
-        found: dict[str, Any] = {}
-        if (self.path / _DESCRIPTION).exists():
-            found = files.read_json(self.path / _DESCRIPTION)
-        sizes = {name: _size(self.path / name) for name in found.get("sizes", {})}
-        if not sizes or sizes != found["sizes"]:
+        found = self._described()
+        if found is None or not self._is_whole(found):
             files.remove_directory(self.path)
             return None
         report = Report(**found["report"])
@@ -187,25 +208,84 @@ class Entry:
             quarantine.take(self.path / _QUARANTINE)
         return store, report, found["digest"]
 
+    def _described(self) -> dict[str, Any] | None:
+        """The description; None where it is damaged or missing."""
+        try:
+            found = files.read_json(self.path / _DESCRIPTION)
+        except StorageError:
+            return None
+        return found if isinstance(found, dict) and found.keys() >= {"sizes", "digests"} else None
+
+    def _is_whole(self, described: dict[str, Any]) -> bool:
+        """Whether all columns are as they were written, byte by byte; about a second for a gigabyte."""
+        sizes, digests = described["sizes"], described["digests"]
+        return {name: _size(self.path / name) for name in sizes} == sizes and all(
+            files.sha256_file(self.path / name) == digest for name, digest in digests.items()
+        )
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    with files.refusing(path, 0):
+        found = path.stat()
+    return found.st_mtime_ns, found.st_size
+
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else -1
 
 
+class _BusyError(Exception):
+    """Another holds a lock."""
+
+
+def _lock(entry: Path) -> Path:
+    return entry.with_name(f"{entry.name}.lock")
+
+
+@contextmanager
+def _free(entry: Path) -> Iterator[bool]:
+    """Whether nobody makes or opens an entry, and nobody will within the block."""
+
+    def busy() -> None:
+        raise _BusyError
+
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(files.locked(_lock(entry), busy))
+        except _BusyError:
+            yield False
+            return
+        yield True
+
+
 def _make_room(keep: Path) -> None:
-    """Remove the entries that were used longest ago until the rest is small enough."""
+    """Remove what killed processes left, and the entries that were used longest ago until the rest fits."""
+    root = keep.parent
+    for partial in root.glob(f".*{files.PARTIAL}"):
+        entry = root / partial.name.split(".")[1]
+        if not _KEY.fullmatch(entry.name):
+            continue
+        with nullcontext(True) if entry == keep else _free(entry) as free:
+            if free:
+                shutil.rmtree(partial, ignore_errors=True)
     used: dict[Path, tuple[float, int]] = {}
-    for description in keep.parent.glob(f"*/{_DESCRIPTION}"):
+    for description in root.glob(f"*/{_DESCRIPTION}"):
         entry = description.parent
-        size = sum(file.stat().st_size for file in entry.iterdir())
-        used[entry] = (description.stat().st_mtime, size)
+        if not _KEY.fullmatch(entry.name):
+            continue
+        with suppress(FileNotFoundError):  # another process makes room too
+            size = sum(file.stat().st_size for file in entry.iterdir())
+            used[entry] = (description.stat().st_mtime, size)
     total = sum(size for _, size in used.values())
     for entry, (_, size) in sorted(used.items(), key=lambda item: item[1][0]):
         if total <= MAX_BYTES:
             return
-        if entry != keep:
-            files.remove_directory(entry)
-            total -= size
+        if entry == keep:
+            continue
+        with _free(entry) as free:
+            if free and entry.exists():
+                files.remove_directory(entry)
+                total -= size
 
 
 @functools.cache

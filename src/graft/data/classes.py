@@ -66,11 +66,13 @@ class ClassReader:
             cleaning: As of `prepare`.
 
         Raises:
+            ConfigError: A setting has nothing to act on.
             DataError: A text or a label is wrong (unless skip_invalid), a label is not among those of the
                 training data, or there are fewer than two; names file and line.
             StorageError: The file cannot be read.
         """
         config.refuse_turns("a text with a class has no turns")
+        config.refuse_cache()
         encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
         rows, reading = read_file(source, config, split, encoder, quarantine)
         report = reading.report

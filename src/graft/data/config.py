@@ -14,6 +14,9 @@ from graft.data.filters.findings import SCRIPTS, Finding
 from graft.data.prompts import FORMATS, PromptTemplate
 from graft.errors import ConfigError
 
+_TRUTHS = ("true", "false", "yes", "no", "on", "off", "none", "null")
+"""Texts that are no directory of that name, unless it is written as a path."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -119,9 +122,23 @@ class DataConfig:
                 where="data.limit",
                 fix="leave it out to use every row",
             )
+        self._check_places()
         self._check_prompts()
         self._check_mix()
         self._check_cleaning()
+
+    def _check_places(self) -> None:
+        for name in ("train", "eval", "chat_template", "cache"):
+            if getattr(self, name) == "":
+                raise ConfigError(
+                    f"{name} is an empty name", where=f"data.{name}", fix="name it, or leave it out"
+                )
+        if isinstance(self.cache, str) and self.cache.lower() in _TRUTHS:
+            raise ConfigError(
+                f"cache is the text {self.cache!r}, which would be the name of a directory",
+                where="data.cache",
+                fix=f"write {self.cache.lower()} without quotes, or ./{self.cache} for such a directory",
+            )
 
     def _check_prompts(self) -> None:
         if self.prompt_template is None:
@@ -216,6 +233,19 @@ class DataConfig:
                 "loss_on is all, so that train_on_roles and train_on_last_turn choose nothing",
                 where="data.loss_on",
                 fix="leave out one of them",
+            )
+
+    def refuse_cache(self) -> None:
+        """Refuse a directory for tokens, for data whose tokens are not kept.
+
+        Raises:
+            ConfigError: One is named.
+        """
+        if isinstance(self.cache, str):
+            raise ConfigError(
+                f"cache names {self.cache}, but tokens of preferences and of texts with a class are not kept",
+                where="data.cache",
+                fix="leave it out",
             )
 
     def refuse_turns(self, reason: str, cuts: tuple[str, ...] = ("split",)) -> None:

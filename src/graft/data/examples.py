@@ -221,7 +221,7 @@ def _flag(raw: Mapping[str, Any], where: str) -> bool | None:
     """What a message says of itself: `"train"` or `"weight"`, true or false, 1 or 0.
 
     Raises:
-        DataError: It says something else, or says it under another tool's name.
+        DataError: It says something else, both of two things, or says it under another tool's name.
     """
     found = None
     for name in FLAGS:
@@ -234,6 +234,13 @@ def _flag(raw: Mapping[str, Any], where: str) -> bool | None:
                         f'write "{name}": false for a message that is not learned; there are no parts of a '
                         f"weight"
                     ),
+                )
+            if found is not None and found != bool(raw[name]):
+                raise DataError(
+                    f"'train' is {raw['train']!r} and 'weight' is {raw['weight']!r}: "
+                    "one of them learns the message",
+                    where=where,
+                    fix="keep one of them",
                 )
             found = bool(raw[name])
     for name in FOREIGN_FLAGS:

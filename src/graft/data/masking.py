@@ -91,9 +91,11 @@ class Encoder:
         self._frames: Frames | None = None
 
     def digest(self) -> str:
-        """SHA-256 over the tokenizer, the ids it puts around texts, and the template."""
+        """SHA-256 over the tokenizer, the ids it puts around texts, the template and the words it knows."""
         text = self.text
-        parts = [text.digest, text.bos_ids, text.eos_id, self._source or self.tokenizer.chat_template]
+        words = {name: str(word) for name, word in self.tokenizer.special_tokens_map.items()}
+        template = self._source or self.tokenizer.chat_template
+        parts = [text.digest, text.bos_ids, text.eos_id, template, words]
         return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()
 
     @property
@@ -214,7 +216,7 @@ class Encoder:
         begun = _Begun(examples)
         for index, example in enumerate(examples):
             texts = texts_of(example)
-            rejected = refusal(example, texts)
+            rejected = refusal(example, texts) or self._check_flags(example)
             if rejected is not None:
                 begun.rejected[index] = rejected
                 continue
@@ -245,6 +247,14 @@ class Encoder:
             if isinstance(draft, Draft):
                 drafts[index] = replace(draft, remarks=(*draft.remarks, CONTROL_AS_TEXT))
         return [drafts[index] for index in range(len(begun.examples))]
+
+    def _check_flags(self, example: Example) -> Rejected | None:
+        """Refuse a message that is not to be learned where all tokens are."""
+        if self._loss_on != "all" or not isinstance(example, Conversation) or all(example.flags.values()):
+            return None
+        message = next(index for index, learned in example.flags.items() if not learned)
+        reason = f"message {message + 1} is not to be learned, and data.loss_on is all"
+        return Rejected(example.where, reason, "leave out one of them", invalid=True)
 
     def _render(self, conversation: Conversation, *, quoting: bool) -> Rendered | Rejected:
         where = conversation.where

@@ -15,6 +15,7 @@ from typing import Any
 from graft.data.columns import check_used
 from graft.data.config import DataConfig
 from graft.data.examples import (
+    FLAGS,
     Conversation,
     Message,
     column_text,
@@ -103,9 +104,26 @@ def _example(row: Row, name: str, *, chat: bool) -> Example:
 def _conversation(
     history: list[Message], turns: list[Any], raws: list[Any], row: Row, *, chat: bool
 ) -> Example:
+    _check_flags(turns, row)
     made = continued(history, history_of(turns, row), row)
     from_value = any(isinstance(raw, dict) and "from" in raw for raw in raws)
     return plain_pair(made) if from_value and not chat else made
+
+
+def _check_flags(turns: list[Any], row: Row) -> None:
+    """Refuse an answer of which a part is not to be learned: an answer is compared as a whole.
+
+    Raises:
+        DataError: It has such a part.
+    """
+    for turn in turns:
+        name = next((name for name in FLAGS if isinstance(turn, dict) and turn.get(name) == 0), "")
+        if name:
+            raise DataError(
+                f"an answer has a message with {name!r}: {turn[name]!r}, and answers are compared as a whole",
+                where=row.where,
+                fix=f"leave {name!r} out, or put the message into the prompt",
+            )
 
 
 def _turns(answer: Any, name: str, row: Row) -> list[Any]:
@@ -174,10 +192,12 @@ def prepare_pairs(
         Samples in twos: chosen, rejected, chosen, ...
 
     Raises:
+        ConfigError: A setting has nothing to act on.
         DataError: A row is wrong (unless skip_invalid), or no pair can be learned from; names file and line.
         StorageError: The file cannot be read.
     """
     config.refuse_turns("of a pair the two answers are learned", cuts=("truncate_left", "split"))
+    config.refuse_cache()
     encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
     rows, reading = read_file(source, config, split, encoder, quarantine)
     report, left_out = reading.report, reading.left_out

@@ -25,7 +25,7 @@ from graft.data.quarantine import Quarantine
 from graft.data.reading import LeftOut, Reading, refuse_all
 from graft.data.report import Report, num_rows, show_sample
 from graft.data.samples import CUT_LEFT, OLDER_CUT, PARTED, SPLIT, TRUNCATED, Rejected, Sample
-from graft.data.sources import Row, Source
+from graft.data.sources import Row, Source, name_of
 from graft.data.store import Store, StoreWriter
 from graft.errors import DataError
 
@@ -98,7 +98,7 @@ def prepare(
     encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
     cleaning = cleaning or Cleaning(config)
     build = partial(_build, source, encoder, config, split, cleaning, listener)
-    entry = entry_for(source, encoder, config, split, cleaning.seen if cleaning.compares else ())
+    entry = entry_for(source, encoder, config, split, cleaning.seen)
     found = build(quarantine, None) if entry is None else None
     if entry is not None:
         with entry.held(listener):
@@ -112,7 +112,7 @@ def prepare(
                 cleaning.pass_by(again, entry.num_eval())
     assert found is not None
     samples, report, digest = found
-    cleaning.seen.append(digest)
+    cleaning.seen.append(f"{split} {name_of(source)} {digest}")
     return Dataset(samples, report, digest)
 
 
@@ -145,12 +145,12 @@ def _build(
     examples = cleaning.pass_on(split)(reading.examples(), _content, report)
     control_ids = encoder.text.control_ids
     num_ids = max(len(encoder.tokenizer), *(id + 1 for id in control_ids), 1)
-    writer = StoreWriter(num_ids, control_ids, directory)
+    writer = StoreWriter(num_ids, control_ids, directory, prefix=report.path)
     for sample in _encoded(examples, reading, encoder, config, listener):
-        writer.add(sample, sample.where.removeprefix(report.path))
+        writer.add(sample)
     if not writer.num_samples:
         refuse_all(report)
-    samples = writer.store(report.path)
+    samples = writer.store()
     count_samples(samples, encoder, report)
     _note(report, reading.lost_characters())
     report.preview = [show_sample(sample, encoder.tokenizer) for sample in samples[:2]]

@@ -27,7 +27,7 @@ class Report:
         num_used: Rows that gave samples.
         num_samples: Samples; more than num_used where long texts were split.
         rejected: Rows that gave none, and why; the first 1,000.
-        num_rejected: How many there are: num_rows is num_used and these.
+        num_rejected: How many there are: num_rows is num_used, these and the `removed` ones.
         num_dropped: Those of them that are left out only for their length.
         num_tokens: Tokens of all samples.
         num_labelled_tokens: Tokens that are learned.

@@ -105,6 +105,16 @@ def _rows(source: Source, split: str, refuse: Refuse) -> Iterator[Row]:
 
 
 def _from_python(rows: Iterable[Any], refuse: Refuse) -> Iterator[Row]:
+    # Both give the names of their columns (or splits) when they are gone through, which would be learned.
+    if isinstance(rows, Mapping) or hasattr(rows, "iterrows"):
+        table = hasattr(rows, "iterrows")
+        raise DataError(
+            f"{type(rows).__name__} gives names, not rows",
+            where="data",
+            fix='data.to_dict("records")'
+            if table
+            else "give a list of rows; of a data set with splits one split",
+        )
     for number, value in enumerate(rows, 1):
         where = f"row {number}"
         try:

@@ -43,6 +43,8 @@ RECORD = np.dtype(
 _SPAN = np.dtype(("<i4", (2,)))
 _BLOCK = 1 << 14
 _BUFFER_TOKENS = 1 << 18
+_WHOLE = "\0"
+"""Stands before a place that does not begin with the prefix; no place has it."""
 
 
 class Store(Held):
@@ -52,7 +54,7 @@ class Store(Held):
         columns: What holds the bytes, by the names of `COLUMNS`.
         token_dtype: Of the ids.
         remarks: The sets of remarks that samples have, by number.
-        prefix: What all places begin with.
+        prefix: What places begin with, which is not written for each.
     """
 
     def __init__(
@@ -97,9 +99,11 @@ class Store(Held):
         at = self._read("records", RECORD, index, 1)[0]
         ids = self._read("tokens", self.token_dtype, int(at["token"]), int(at["tokens"]))
         spans = self._read("spans", _SPAN, int(at["span"]), int(at["spans"]))
-        place = self._columns["places"].read(int(at["place"]), int(at["place_bytes"])).decode()
+        place = self._columns["places"].read(int(at["place"]), int(at["place_bytes"]))
+        where = place.decode("utf-8", "surrogateescape")
+        where = where[1:] if where.startswith(_WHOLE) else self._prefix + where
         learned = [(begin, end) for begin, end in spans.tolist()]
-        return Sample.of(ids, learned, self._prefix + place, self.remarks[int(at["remark"])])
+        return Sample.of(ids, learned, where, self.remarks[int(at["remark"])])
 
     def figures(self) -> NDArray[Any]:
         """Of each sample its key, tokens, learned tokens and ends; 28 bytes each."""
@@ -127,6 +131,7 @@ class StoreWriter:
         directory: Where the columns become files; without one they stay in memory, and go to nameless files
             in the system's temporary directory when they grow.
         spill_bytes: How large they grow before; SPILL_BYTES if left out.
+        prefix: What most places begin with.
 
     Raises:
         StorageError: The disk is full, from any of the methods.
@@ -138,7 +143,10 @@ class StoreWriter:
         control_ids: Collection[int],
         directory: Path | None = None,
         spill_bytes: int | None = None,
+        *,
+        prefix: str = "",
     ) -> None:
+        self._prefix = prefix
         self.token_dtype: np.dtype[Any] = np.dtype("<u2" if num_ids <= 1 << 16 else "<i4")
         self.remarks: dict[tuple[str, ...], int] = {(): 0}
         self._control_ids = control_ids
@@ -146,35 +154,38 @@ class StoreWriter:
         self._columns: dict[str, Column] = {name: Column.new(name, directory) for name in COLUMNS}
         self._in_memory = directory is None
         self._ends = {"token": 0, "span": 0, "place": 0}
-        self._waiting: list[tuple[Sample, str]] = []
+        self._waiting: list[Sample] = []
         self._num_waiting_tokens = 0
         self.num_samples = 0
 
-    def add(self, sample: Sample, place: str) -> None:
+    def add(self, sample: Sample) -> None:
         """Append a sample.
 
         Args:
             sample: Its labels are its ids where they are learned.
-            place: Its place without the prefix that `store` is given.
         """
-        self._waiting.append((sample, place))
+        self._waiting.append(sample)
         self._num_waiting_tokens += len(sample)
         self.num_samples += 1
         if self._num_waiting_tokens >= _BUFFER_TOKENS:
             self._flush()
 
-    def store(self, prefix: str) -> Store:
+    def store(self) -> Store:
         """All that was added; nothing may be added afterwards."""
         self._flush()
-        return Store(self._columns, self.token_dtype, list(self.remarks), prefix)
+        return Store(self._columns, self.token_dtype, list(self.remarks), self._prefix)
+
+    def _place(self, where: str) -> bytes:
+        begins = where.startswith(self._prefix)
+        place = where.removeprefix(self._prefix) if begins else _WHOLE + where
+        return place.encode("utf-8", "surrogateescape")
 
     def _flush(self) -> None:
-        waiting, self._waiting, self._num_waiting_tokens = self._waiting, [], 0
-        if not waiting:
+        samples, self._waiting, self._num_waiting_tokens = self._waiting, [], 0
+        if not samples:
             return
-        samples = [sample for sample, _ in waiting]
-        names = [place.encode("utf-8", "surrogateescape") for _, place in waiting]
-        records = np.zeros(len(waiting), RECORD)
+        names = [self._place(sample.where) for sample in samples]
+        records = np.zeros(len(samples), RECORD)
         ids, spans = tell(samples, self._control_ids, records)
         records["place_bytes"] = [len(name) for name in names]
         records["remark"] = [self.remarks.setdefault(s.remarks, len(self.remarks)) for s in samples]

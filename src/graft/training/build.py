@@ -17,7 +17,7 @@ from graft.data.prepare import Dataset
 from graft.data.quarantine import Quarantine
 from graft.data.sources import IN_MEMORY as ROWS_IN_MEMORY
 from graft.data.sources import Source
-from graft.errors import CheckpointError, TrainingError
+from graft.errors import CheckpointError, ConfigError, TrainingError
 from graft.files import sha256_file
 from graft.models.architecture import read_config
 from graft.models.classifier import is_classifier
@@ -191,7 +191,7 @@ def train(
             is read once. A run on rows from Python cannot be resumed: they are in no file.
         output: The run directory to make.
         eval_data: Evaluation data, the same.
-        data_config: How the data is read, cut and packed.
+        data_config: How the data is read, cut and packed; its `eval` counts where `eval_data` is left out.
         monitor: Who is told; nobody by default.
         **training: Fields of `TrainingConfig`.
 
@@ -199,7 +199,7 @@ def train(
         Where the results are.
 
     Raises:
-        ConfigError: An unknown training setting, or a value out of range.
+        ConfigError: An unknown training setting, a value out of range, or data that is named twice.
         DataError: The data has nothing to learn.
         TrainingError: A quantized base without an adapter, or not exactly one adapter that acts and trains.
         StopRequested: A signal came; what was trained is saved.
@@ -211,7 +211,7 @@ def train(
             f"{base.name} is quantized and has no adapter: codes cannot be trained",
             fix="graft.attach(base.model, graft.LoraConfig()) first",
         )
-    sources = {"train": data, "eval": eval_data}
+    sources = _sources(data, eval_data, data_config or DataConfig())
     given = {
         name: source
         for name, source in sources.items()
@@ -250,6 +250,23 @@ def train(
             check_labels(base, train_set, adapter)
         # What the caller made of the model is in no configuration: only a checkpoint can bring it back.
         return _run(base, config, train_set, eval_set, monitor, quarantine, in_memory=True)
+
+
+def _sources(data: Source, eval_data: Source | None, config: DataConfig) -> dict[str, Source | None]:
+    """What is read for each split.
+
+    Raises:
+        ConfigError: It is given twice.
+    """
+    for name, argument, source in (("train", "data", data), ("eval", "eval_data", eval_data)):
+        named = getattr(config, name)
+        if source is not None and named not in (None, _named(source)):
+            raise ConfigError(
+                f"{argument}, and data_config names {named}",
+                where=f"data_config.{name}",
+                fix=f"leave it out there: {argument} says it",
+            )
+    return {"train": data, "eval": config.eval if eval_data is None else eval_data}
 
 
 def _named(source: Source | None) -> str | None:

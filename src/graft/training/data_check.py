@@ -119,7 +119,7 @@ def _prepared(
 
 
 def _both(config: RunConfig, text: TextEncoder) -> tuple[Dataset, ...]:
-    train, held_out = prepare_data(config, Silent(), text)
+    train, held_out = prepare_data(config, Silent(), text, thorough=True)
     return (train,) if held_out is None else (train, held_out)
 
 

@@ -20,6 +20,7 @@ from graft.adapters.settings import DATA, RANDOM
 from graft.adapters.starts import SUBTRACTED, stored_starts
 from graft.adapters.targets import select_targets
 from graft.data.classes import ClassReader
+from graft.data.filters.cleaning import Cleaning
 from graft.data.loader import Batch
 from graft.data.preferences import PLAIN, prepare_pairs
 from graft.data.prepare import Dataset, prepare
@@ -42,14 +43,18 @@ from graft.training.monitors import Monitor
 
 
 def rooted(config: RunConfig) -> RunConfig:
-    """The same configuration with full paths, so that the run can be resumed from any directory."""
-    places = {
-        name: os.path.abspath(os.path.expanduser(value))
-        for name in ("train", "eval", "chat_template")
-        if (value := getattr(config.data, name)) and not (is_hub(value) or value == IN_MEMORY)
+    """The same configuration with full paths, so that the run can be resumed from any directory.
+
+    Raises:
+        ConfigError: Two names of `data.mix` are the same file.
+    """
+    places: dict[str, Any] = {
+        name: _rooted_path(value)
+        for name in ("train", "eval", "chat_template", "cache")
+        if isinstance(value := getattr(config.data, name), str)
     }
     directories: dict[str, Any] = {
-        name: os.path.abspath(os.path.expanduser(value))
+        name: _rooted_path(value)
         for name in ("optimizer_spill", "activation_offload")
         if isinstance(value := getattr(config.training, name), str)
     }
@@ -61,8 +66,20 @@ def rooted(config: RunConfig) -> RunConfig:
     )
 
 
+def _rooted_path(path: str) -> str:
+    return path if is_hub(path) or path == IN_MEMORY else os.path.abspath(os.path.expanduser(path))
+
+
 def _rooted_mix(config: RunConfig) -> dict[str, float | None]:
-    return {os.path.abspath(os.path.expanduser(path)): weight for path, weight in config.data.mix.items()}
+    found: dict[str, float | None] = {}
+    for path, weight in config.data.mix.items():
+        place = _rooted_path(path)
+        if place in found:
+            raise ConfigError(
+                f"mix names {place} twice", where="data.mix", fix="name it once, with the sum of the weights"
+            )
+        found[place] = weight
+    return found
 
 
 def check_places(config: RunConfig) -> None:
@@ -100,6 +117,7 @@ def prepare_data(
     *,
     given: Mapping[str, Source] | None = None,
     quarantine: Quarantine | None = None,
+    thorough: bool = False,
 ) -> tuple[Dataset, Dataset | None]:
     """The samples to train on and to evaluate with, and what is told about them.
 
@@ -109,6 +127,7 @@ def prepare_data(
         tokenizer: That of the base, where it is loaded already.
         given: Rows from Python as "train" and "eval".
         quarantine: Receives each row that is left out under skip_invalid.
+        thorough: Whether all rows are looked at for what is only told; see `Cleaning`.
 
     Raises:
         ConfigError: There is no training data, or a setting has nothing to act on.
@@ -118,7 +137,8 @@ def prepare_data(
             "no training data", where="data.train", fix="--data FILE, or data.train in the config"
         )
     tokenizer = tokenizer or load_tokenizer(config.model.name, config.model.revision)
-    train_data, eval_data = _splits(tokenizer, config, monitor, given, quarantine)
+    cleaning = Cleaning(config.data, thorough=thorough)
+    train_data, eval_data = _splits(tokenizer, config, monitor, given, quarantine, cleaning)
     if config.data.chat_template and train_data.report.format in ("text", "prompt_completion", PLAIN):
         raise ConfigError(
             f"a chat template does not act on {train_data.report.format} data",
@@ -147,6 +167,7 @@ def _splits(
     monitor: Monitor,
     given: Mapping[str, Source] | None,
     quarantine: Quarantine | None,
+    cleaning: Cleaning,
 ) -> tuple[Dataset, Dataset | None]:
     read: Read = partial(prepare, listener=monitor)
     if config.task == "classification":
@@ -165,6 +186,7 @@ def _splits(
         seed=config.training.seed,
         read=read,
         kind=sample_kind(config),
+        cleaning=cleaning,
         given=given,
         quarantine=quarantine,
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from graft import files
 from graft.data import batches, cache, store
 from graft.data.config import DataConfig
 from graft.data.filters import cleaning
@@ -21,6 +22,7 @@ from graft.data.loader import Loader
 from graft.data.prepare import Dataset, prepare
 from graft.data.quarantine import Quarantine
 from graft.data.splits import prepare_splits
+from graft.errors import DataError, StorageError
 from graft.models.load import load_tokenizer
 
 ROWS = [{"prompt": f"Question {number}?", "completion": f"Answer {number % 7}."} for number in range(40)]
@@ -98,6 +100,48 @@ def test_another_content_or_tokenizer_makes_another_entry(
     assert len(entries(tmp_path)) == 3
 
 
+def test_a_copy_of_a_file_keeps_its_own_places(data: Path, tokenizer: Any, tmp_path: Path) -> None:
+    prepare(str(data), tokenizer, settings(tmp_path))
+    copy = tmp_path / "copy" / data.name
+    copy.parent.mkdir()
+    shutil.copy(data, copy)
+    found = prepare(str(copy), tokenizer, settings(tmp_path))
+    assert found.report.path == str(copy)
+    assert found.samples[0].where == f"{copy}:1"
+
+
+def test_rows_left_out_of_training_data_are_there_in_evaluation_data(
+    data: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """The same file: cleaning acts on training rows only."""
+    data.write_text(data.read_text() * 2)
+    asked = settings(tmp_path, deduplicate="exact")
+    assert len(prepare(str(data), tokenizer, asked).samples) == len(ROWS)
+    assert len(prepare(str(data), tokenizer, asked, "eval").samples) == 2 * len(ROWS)
+
+
+def test_other_code_makes_another_entry(
+    data: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(str(data), tokenizer, settings(tmp_path))
+    monkeypatch.setattr(cache, "_code", lambda: "of another version")
+    prepare(str(data), tokenizer, settings(tmp_path))
+    assert len(entries(tmp_path)) == 2
+
+
+def test_another_word_that_templates_write_makes_another_entry(
+    data: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """`bos_token` stands in no tokenizer.json, and `{{ bos_token }}` writes it."""
+    prepare(str(data), tokenizer, settings(tmp_path))
+    before, tokenizer.bos_token = tokenizer.bos_token, tokenizer.eos_token
+    try:
+        prepare(str(data), tokenizer, settings(tmp_path))
+    finally:
+        tokenizer.bos_token = before
+    assert len(entries(tmp_path)) == 2
+
+
 def test_small_files_and_no_cache_keep_nothing(
     data: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,12 +155,20 @@ def test_small_files_and_no_cache_keep_nothing(
     assert len(entries(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("damage", ["short", "missing", "no description"])
+@pytest.mark.parametrize(
+    "damage", ["short", "missing", "no description", "torn description", "other description", "flipped"]
+)
 def test_a_damaged_entry_is_made_anew(data: Path, tokenizer: Any, tmp_path: Path, damage: str) -> None:
     made = content(prepare(str(data), tokenizer, settings(tmp_path)))
     (entry,) = entries(tmp_path)
     if damage == "short":
         os.truncate(entry / "tokens", 10)
+    elif damage == "flipped":
+        tokens = bytearray((entry / "tokens").read_bytes())
+        tokens[len(tokens) // 2] ^= 1
+        (entry / "tokens").write_bytes(tokens)
+    elif damage.endswith(" description") and damage != "no description":
+        (entry / "dataset.json").write_text("{" if damage == "torn description" else "[]")
     else:
         (entry / ("spans" if damage == "missing" else "dataset.json")).unlink()
     assert content(prepare(str(data), tokenizer, settings(tmp_path))) == made
@@ -128,6 +180,21 @@ def test_a_row_that_is_refused_leaves_no_entry(data: Path, tokenizer: Any, tmp_p
     data.write_text(data.read_text() + '{"prompt": 1, "completion": "a"}\n')
     with pytest.raises(Exception, match="must hold text"):
         prepare(str(data), tokenizer, settings(tmp_path))
+    assert entries(tmp_path) == []
+
+
+def test_a_file_that_changes_while_it_is_read_leaves_no_entry(
+    data: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    class Writing:
+        say = staticmethod(SILENT.say)
+
+        @staticmethod
+        def preparing(num_rows: int, num_tokens: int, share: float | None) -> None:
+            data.write_text(data.read_text() + '{"prompt": "one", "completion": "more"}\n')
+
+    with pytest.raises(DataError, match="changed while it was read"):
+        prepare(str(data), tokenizer, settings(tmp_path), listener=Writing())
     assert entries(tmp_path) == []
 
 
@@ -146,6 +213,56 @@ def test_entries_used_longest_ago_make_room(
     assert oldest not in entries(tmp_path)
     assert middle in entries(tmp_path)
     assert first.samples[3] == held, "a store that is open goes on"
+
+
+def test_only_entries_make_room(
+    data: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What else lies in a directory that the user named stays, whatever its files are called."""
+    others = tmp_path / "kept" / "photographs"
+    others.mkdir(parents=True)
+    (others / "dataset.json").write_text("{}")
+    monkeypatch.setattr(cache, "MAX_BYTES", 0)
+    prepare(str(data), tokenizer, settings(tmp_path))
+    assert (others / "dataset.json").exists()
+
+
+def test_what_a_killed_process_left_is_removed_and_what_is_being_made_is_not(
+    data: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    prepare(str(data), tokenizer, settings(tmp_path))
+    (entry,) = entries(tmp_path)
+    root = entry.parent
+    left = [root / f".{key}.1{files.PARTIAL}" for key in (entry.name, "a" * 64, "b" * 64)]
+    for partial in left:
+        partial.mkdir()
+        (partial / "tokens").write_bytes(b"0")
+    shutil.rmtree(entry)
+    with files.locked(root / f"{'b' * 64}.lock"):
+        prepare(str(data), tokenizer, settings(tmp_path))
+    assert [partial.exists() for partial in left] == [False, False, True]
+
+
+def test_an_entry_that_another_process_opens_is_not_removed(
+    data: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(str(data), tokenizer, settings(tmp_path))
+    (entry,) = entries(tmp_path)
+    monkeypatch.setattr(cache, "MAX_BYTES", 0)
+    with files.locked(entry.with_name(f"{entry.name}.lock")):
+        prepare(str(data), tokenizer, settings(tmp_path, limit=5))
+    assert entry.exists()
+    prepare(str(data), tokenizer, settings(tmp_path, limit=6))
+    assert not entry.exists()
+
+
+def test_a_cache_that_cannot_be_written_says_which_setting_names_it(
+    data: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="tokens cannot be kept") as caught:
+        prepare(str(data), tokenizer, DataConfig(cache=str(tmp_path / "file")))
+    assert "data.cache" in caught.value.fix
 
 
 def _work(path: str, model: str, place: str, start: Any, found: Any) -> None:
@@ -231,6 +348,44 @@ def test_overlap_with_evaluation_data_is_known_from_the_cache(
     Path(second).write_text("".join(json.dumps(row) + "\n" for row in ROWS[5:]))
     train, held_out = prepare_splits(tokenizer, asked)
     assert places(train) == [f"{first}:{line}" for line in range(1, 6)]
+
+
+def test_new_training_rows_are_compared_with_evaluation_data_whose_tokens_were_kept(
+    data: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    first, second = twins(tmp_path)
+    asked = settings(tmp_path, train=first, eval=second, overlap="drop")
+    prepare_splits(tokenizer, asked)
+    Path(first).write_text("".join(json.dumps(row) + "\n" for row in ROWS[5:20]))
+    train, held_out = prepare_splits(tokenizer, asked)
+    assert places(train) == [f"{first}:{line}" for line in range(1, 6)]
+    assert held_out is not None
+    assert held_out.report.num_overlap == 10
+
+
+def test_a_file_compared_with_evaluation_data_is_not_taken_for_one_of_a_mixture(
+    data: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """The same two files in the same order: rows of the second stay in the one case and go in the other."""
+    first, second = twins(tmp_path)
+    apart = settings(tmp_path, train=second, eval=first, deduplicate="exact")
+    train, _ = prepare_splits(tokenizer, apart)
+    assert train.report.removed == {}
+    together = settings(tmp_path, mix={first: 1.0, second: 1.0}, deduplicate="exact")
+    found, _ = prepare_splits(tokenizer, together)
+    assert found.report.removed == {"duplicate": 10}
+
+
+def test_notes_about_other_evaluation_data_are_not_told_again(
+    data: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    first, second = twins(tmp_path)
+    train, _ = prepare_splits(tokenizer, settings(tmp_path, train=first, eval=second))
+    assert len(train.report.places["overlap"]) == 10
+    Path(second).write_text('{"prompt": "Something else?", "completion": " Yes"}\n')
+    train, _ = prepare_splits(tokenizer, settings(tmp_path, train=first, eval=second))
+    assert "overlap" not in train.report.places
+    assert not [note for note in train.report.notes if "evaluation data" in note]
 
 
 def test_rows_left_out_are_known_from_the_cache(data: Path, tokenizer: Any, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from graft.config import Settings, build
 from graft.data.check.rows import row_of, template_marks
 from graft.data.check.samples import CONTROL, END, LEARNED, show
+from graft.data.filters import cleaning
 from graft.data.masking import Encoder
 from graft.data.samples import IGNORED, Sample
 from graft.training.config import RunConfig
@@ -155,6 +156,14 @@ def test_duplicates_and_overlap_name_both_places(check: Any) -> None:
     (place,) = found.facts[1].places["overlap"]
     assert place.where.endswith("eval.jsonl:2")
     assert place.told.endswith("train.jsonl:8")
+
+
+def test_all_rows_are_looked_at_also_of_a_large_file(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run looks at the first rows only and says that the check looks at all."""
+    monkeypatch.setattr(cleaning, "LOOKED_AT", 10)
+    found = check([*map(chat, range(20)), chat(30, answer="N/A")])
+    assert "placeholder" in found.datasets[0].report.places
+    assert not [note for note in found.datasets[0].report.notes if "were looked at" in note]
 
 
 def test_rows_that_stop_a_run_are_shown_beside_the_rest(check: Any) -> None:

@@ -81,6 +81,27 @@ def test_a_flag_is_true_or_false(value: Any) -> None:
     assert caught.value.where == "rows:1, message 3"
 
 
+def test_a_message_that_is_not_to_be_learned_is_refused_where_all_is(tokenizer: Any) -> None:
+    found = [
+        to_example(Row({"messages": chat(m2={"train": learned})}, "rows:1"), "messages")
+        for learned in (False, True)
+    ]
+    refused, kept = Encoder(tokenizer, chat_template=SOURCE, loss_on="all").encode(found, 100)
+    assert isinstance(refused, Rejected)
+    assert refused.invalid
+    assert "message 3 is not to be learned" in refused.reason
+    assert not isinstance(kept, Rejected)
+    assert kept[0].labels[1:] == kept[0].input_ids[1:]
+
+
+def test_flags_that_contradict_each_other_are_refused() -> None:
+    for flags in ({"train": False, "weight": 1}, {"weight": 0, "train": True}):
+        with pytest.raises(DataError, match="one of them learns the message") as caught:
+            to_example(Row({"messages": chat(m2=flags)}, "rows:1"), "messages")
+        assert caught.value.where == "rows:1, message 3"
+    to_example(Row({"messages": chat(m2={"train": False, "weight": 0})}, "rows:1"), "messages")
+
+
 @pytest.mark.parametrize("name", ["train_on_turn", "training", "train_detail"])
 def test_names_of_other_tools_are_answered_with_ours(name: str) -> None:
     with pytest.raises(DataError, match="called 'train'") as caught:

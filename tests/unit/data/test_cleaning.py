@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,13 @@ import pytest
 
 from graft.data.classes import ClassReader
 from graft.data.config import DataConfig
+from graft.data.examples import Pair
+from graft.data.filters import cleaning
+from graft.data.filters.cleaning import Cleaning
+from graft.data.filters.content import content_of
 from graft.data.preferences import prepare_pairs
 from graft.data.prepare import Dataset
+from graft.data.report import Report
 from graft.data.splits import prepare_splits
 from graft.errors import ConfigError, DataError
 
@@ -28,6 +34,21 @@ ROWS = [
     {"prompt": "todo", "completion": "N/A"},
     {"prompt": "drei", "completion": " три"},
 ]
+
+
+def test_the_rows_that_were_looked_at_are_told_exactly() -> None:
+    """All answers are odd: the first that is not told is the one behind so many."""
+    rows = [
+        content_of(Pair(str(number), "N/A", f"rows:{number}")) for number in range(cleaning.LOOKED_AT + 900)
+    ]
+    report = Report("rows", "", "")
+    assert list(Cleaning(DataConfig()).keep(rows, lambda row: row, report)) == rows
+    told = " ".join(report.notes)
+    found = re.search(r"([\d,]+) rows: a placeholder", told)
+    looked_at = re.search(r"only the first ([\d,]+) rows were looked at", told)
+    assert found
+    assert looked_at
+    assert found[1] == looked_at[1]
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +199,32 @@ def test_a_field_that_cannot_act_is_refused(fields: Any, where: str) -> None:
         DataConfig(**fields)
     assert caught.value.where == f"data.{where}"
     assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"overlap": "drop"}, "loosen data.overlap, or"),
+        ({"scripts": ("Han",)}, "loosen data.scripts, or"),
+        (
+            {"scripts": ("Han", "Latin"), "drop": ("placeholder",), "overlap": "drop"},
+            "data.drop or data.overlap,",
+        ),
+    ],
+)
+def test_what_left_out_the_last_row_is_named(
+    write: Any, tokenizer: Any, fields: dict[str, Any], named: str
+) -> None:
+    evaluation = write([{"prompt": "two", "completion": " zwei"}], "eval.jsonl")
+    path = write([{"prompt": "two", "completion": " zwei"}, *([ROWS[6]] if "drop" in fields else [])])
+    with pytest.raises(DataError, match="no row is left") as caught:
+        prepare_splits(tokenizer, DataConfig(train=path, eval=evaluation, **fields))
+    assert named in caught.value.fix
+
+
+@pytest.mark.parametrize("kind", ["class", "pair"])
+def test_a_directory_for_tokens_that_are_not_kept_is_refused(write: Any, tokenizer: Any, kind: str) -> None:
+    read: Any = ClassReader() if kind == "class" else prepare_pairs
+    with pytest.raises(ConfigError, match="not kept") as caught:
+        read(write(ROWS), tokenizer, DataConfig(cache="somewhere"))
+    assert caught.value.where == "data.cache"

@@ -206,3 +206,11 @@ def test_other_losses_point_to_the_right_one(tmp_path: Path, tokenizer: Any) -> 
     with pytest.raises(DataError, match="preferences") as caught:
         prepare(str(path), tokenizer, DataConfig(train=str(path)))
     assert "training.loss to dpo" in caught.value.fix
+
+
+@pytest.mark.parametrize("flag", ["train", "weight"])
+def test_an_answer_that_is_not_to_be_learned_is_refused(prepared: Callable[..., Dataset], flag: str) -> None:
+    row = {"prompt": [USER], "chosen": [{**GOOD, flag: False}], "rejected": [BAD]}
+    with pytest.raises(DataError, match=f"a message with '{flag}': False"):
+        prepared(row, template=CHATML)
+    prepared({**row, "chosen": [{**GOOD, flag: True}]}, template=CHATML)

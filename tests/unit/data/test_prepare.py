@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,23 @@ def test_a_directory_gives_its_splits(tmp_path: Path, write: Any, tokenizer: Any
     assert (len(train.samples), len(held_out.samples)) == (30, 10)
 
 
+def test_a_place_is_what_it_is_however_the_source_was_written(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"prompt": "a", "completion": " b"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    monkeypatch.chdir(tmp_path)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    name = os.fsdecode(b"caf\xe9.txt")
+    (texts / name).write_text("a b")
+    sources: dict[str, Any] = {"row 1": [row], f"texts/{name}:1": "./texts"}
+    sources |= {"train.jsonl:1": "./train.jsonl", f"{tmp_path}/train.jsonl:1": f"{tmp_path}//train.jsonl"}
+    for where, source in sources.items():
+        assert [sample.where for sample in prepare(source, tokenizer, DataConfig()).samples] == [where]
+    assert prepare(".", tokenizer, DataConfig()).samples[0].where == "train.jsonl:1"
+
+
 def test_a_directory_of_texts_is_a_document_each(tmp_path: Path, tokenizer: Any) -> None:
     for name in ("b", "a"):
         (tmp_path / f"{name}.txt").write_text(f"story {name}")
@@ -212,6 +230,10 @@ def test_the_copied_tokenizer_gives_the_same_ids(shared: Path, name: str) -> Non
         ({"eval_fraction": 1.0}, "data.eval_fraction"),
         ({"eval_fraction": 0.1, "eval": "x"}, "data.eval_fraction"),
         ({"limit": 0}, "data.limit"),
+        ({"train": ""}, "data.train"),
+        ({"eval": ""}, "data.eval"),
+        ({"cache": ""}, "data.cache"),
+        ({"cache": "False"}, "data.cache"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(fields: dict[str, Any], where: str) -> None:

@@ -276,3 +276,20 @@ def test_without_pyarrow_the_extra_is_named(
     with pytest.raises(DataError, match="needs pyarrow") as caught:
         values(tmp_path / name)
     assert "graft[arrow]" in caught.value.fix
+
+
+@pytest.mark.parametrize("source", [{"prompt": ["a"], "completion": ["b"]}, {"train": [{"text": "a"}]}])
+def test_names_of_columns_are_not_taken_for_texts(source: Any) -> None:
+    with pytest.raises(DataError, match="dict gives names, not rows"):
+        list(read_rows(source))
+
+
+def test_a_table_is_not_taken_for_texts() -> None:
+    """As a DataFrame of pandas, which goes through its column names."""
+
+    class Table(list[str]):
+        def iterrows(self) -> None: ...
+
+    with pytest.raises(DataError, match="Table gives names, not rows") as caught:
+        list(read_rows(Table(["prompt", "completion"])))  # type: ignore[arg-type]
+    assert "to_dict" in caught.value.fix

@@ -28,10 +28,10 @@ def samples(draw: st.DrawFn) -> Sample:
 
 
 def written(rows: list[Sample], place: Path | None, spill_bytes: int, num_ids: int = 1 << 16) -> Store:
-    writer = StoreWriter(num_ids, CONTROLS, place, spill_bytes)
+    writer = StoreWriter(num_ids, CONTROLS, place, spill_bytes, prefix="data/")
     for sample in rows:
-        writer.add(sample, sample.where.removeprefix("data/"))
-    return writer.store("data/")
+        writer.add(sample)
+    return writer.store()
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -84,3 +84,16 @@ def test_a_file_that_shrinks_is_told(tmp_path: Path) -> None:
     os.truncate(tmp_path / "tokens", 1)
     with pytest.raises(StorageError, match="tokens"):
         store[0]
+
+
+def test_samples_that_learn_other_tokens_are_not_equal() -> None:
+    """The same ids with the same last learned token, from another begin on."""
+    rows = [Sample.of([1, 2, 3, 4], [(begin, 4)]) for begin in (1, 2, 2)]
+    later, first = repeats(figures_of(written(rows, None, 1 << 30), CONTROLS)["key"])
+    assert (later.tolist(), first.tolist()) == ([2], [1])
+
+
+@pytest.mark.parametrize("num_ids", [1 << 16, (1 << 16) + 1, 256_000])
+def test_the_largest_id_of_a_vocabulary_comes_back(num_ids: int) -> None:
+    row = Sample.of([1, num_ids - 1, num_ids - 1], [(1, 3)])
+    assert written([row], None, 1 << 30, num_ids)[0] == row

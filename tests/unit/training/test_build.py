@@ -18,10 +18,12 @@ from graft.adapters.lora import LoraConfig
 from graft.adapters.merge import merge
 from graft.adapters.peft_format import load_adapter
 from graft.config import build, read_assignments
+from graft.data.config import DataConfig
 from graft.errors import CheckpointError, ConfigError, ModelError, TargetError, TrainingError
 from graft.models.load import load
 from graft.training.build import resume, run_from_config, train
 from graft.training.config import RunConfig
+from graft.training.inputs import rooted
 from graft.training.loop import Training
 from graft.training.monitors import Silent
 
@@ -72,6 +74,32 @@ def test_relative_paths_resume_from_another_directory(
     assert told["base_model_name_or_path"] == str(tmp_path / "model")
     merge(run.adapter, "merged")
     assert (tmp_path / "elsewhere" / "merged" / "config.json").exists()
+
+
+def test_evaluation_data_of_a_data_config_counts(
+    tiny_dir: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    base = load(tiny_dir("llama"))
+    attach(base.model, LoraConfig(rank=4))
+    settings: dict[str, Any] = {"data": str(rows), "output": tmp_path / "run", "max_steps": 1}
+    for name in ("train", "eval"):
+        twice: dict[str, Any] = {name: "other.jsonl"}
+        with pytest.raises(ConfigError, match=r"data_config names other.jsonl"):
+            train(base, **settings, eval_data=str(rows), data_config=DataConfig(max_length=64, **twice))
+    run = train(base, **settings, data_config=DataConfig(max_length=64, eval=str(rows)))
+    record = json.loads((run.directory / "run.json").read_text())
+    assert record["identity"]["evaluation data"] is not None
+
+
+def test_full_paths_are_those_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name on the hub is no path, and a file has one name however it is written."""
+    monkeypatch.chdir(tmp_path)
+    hub = "hub:owner/name:part@main"
+    found = rooted(RunConfig(output="run", data=DataConfig(mix={"a.jsonl": 1.0, hub: 2.0}, cache="kept")))
+    assert dict(found.data.mix) == {f"{tmp_path}/a.jsonl": 1.0, hub: 2.0}
+    assert found.data.cache == f"{tmp_path}/kept"
+    with pytest.raises(ConfigError, match=r"names .*/a.jsonl twice"):
+        rooted(RunConfig(output="run", data=DataConfig(mix={"a.jsonl": 1.0, "./a.jsonl": 2.0, "b.csv": 1.0})))
 
 
 def test_finished_run_is_left_as_it_is(tiny_dir: Callable[..., Path], rows: Path, tmp_path: Path) -> None:

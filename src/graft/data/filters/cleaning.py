@@ -30,6 +30,14 @@ _TOLD = {
     "near_duplicate": ("says nearly what an earlier one says", "say nearly what an earlier one says"),
 }
 
+_FIELD_OF = {
+    "overlap": "overlap",
+    "duplicate": "deduplicate",
+    "near_duplicate": "deduplicate",
+    "other_script": "scripts",
+}
+"""The field that leaves out rows for a reason; the others are values of `drop`."""
+
 
 class PassOn(Protocol):
     """Passes rows on, or some of them."""
@@ -50,7 +58,8 @@ class Cleaning:
     Attributes:
         compares: Whether all rows are compared with those before them and with the evaluation data.
         overlap: The evaluation data; None where there is none yet.
-        seen: Digests of the sources that went through, on which hangs what becomes of the next one.
+        seen: Split, name and digest of each source that went through: on them hangs what becomes of the next
+            one. Evaluation rows and earlier training rows have not the same say.
         num_eval: Evaluation rows that were found in the training data.
     """
 
@@ -64,7 +73,7 @@ class Cleaning:
             "near" if config.deduplicate == "near" else "exact", config.near_threshold
         )
         self.overlap: Overlap | None = None
-        self.seen: list[str] = []
+        self.seen = ["all rows are looked at"] if thorough else []
         self.num_eval = 0
         self._passed_by: list[Callable[[], None]] = []
 
@@ -124,27 +133,29 @@ class Cleaning:
         """
         sanity, found = Sanity(self._config.scripts), _Found()
         before = self._duplicates.num_contradictions, len(self._duplicates.contradictions)
-        num_items = num_kept = 0
+        num_items = num_looked_at = num_kept = 0
         for batch in _batches(items):
             num_items += len(batch)
             past = self._past(num_items)
             stay = batch if past else self._stay(batch, list(map(content, batch)), sanity, found)
+            num_looked_at = num_looked_at if past else num_items
             num_kept += len(stay)
             yield from stay
         if self.overlap is not None:
             self.num_eval = self.overlap.num_eval
-        if self._past(num_items):
+        if num_looked_at < num_items:
             report.notes.append(
-                f"only the first {LOOKED_AT:,} rows were looked at; graft data check looks at all"
+                f"only the first {num_looked_at:,} rows were looked at; graft data check looks at all"
             )
         self._tell(report, sanity, found)
         self._tell_contradictions(report, *before)
         if num_items and not num_kept and found.removed:
             told = ", ".join(f"{count:,} {name}" for name, count in found.removed.items())
+            fields = {f"data.{_FIELD_OF.get(name, 'drop')}" for name in found.removed}
             raise DataError(
                 f"no row is left after cleaning ({told})",
                 where=report.path,
-                fix="loosen data.deduplicate or data.drop",
+                fix=f"loosen {' or '.join(sorted(fields))}, or leave the file out",
             )
 
     def _past(self, num_items: int) -> bool:
