@@ -104,3 +104,13 @@ def test_drawn_pairs_stay_together() -> None:
     assert sorted(index for row in order(loader, 0) for index in row) == [0, 1, 2, 2, 3, 3]
     for row in order(loader, 0):
         assert all(second == first + 1 for first, second in zip(row[::2], row[1::2], strict=True))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("workers", [0, 3])
+def test_an_epoch_is_entered_at_any_batch(packing: bool, workers: int) -> None:
+    loader = Loader(samples(*range(2, 9), *range(2, 9)), 2, 12, packing, seed=3)
+    loader.workers = workers
+    whole = [batch.input_ids.tolist() for batch in loader.epoch(1)]
+    for start in range(len(whole) + 1):
+        assert [batch.input_ids.tolist() for batch in loader.epoch(1, start)] == whole[start:]

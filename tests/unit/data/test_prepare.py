@@ -133,6 +133,23 @@ def test_a_share_is_held_out_by_content(write: Any, tokenizer: Any) -> None:
     assert {tuple(s.input_ids) for s in other.samples} != held
 
 
+def test_only_length_is_an_error_where_length_is_one(write: Any, tokenizer: Any) -> None:
+    found = prepared(write([*PAIRS, {"prompt": "a", "completion": ""}]), tokenizer, on_overlong="error")
+    assert found.report.num_rejected == 1
+    assert found.report.num_used == len(PAIRS)
+
+
+def test_other_weights_are_another_data_set(write: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """By the digest alone a run that goes on knows: paths and weights of a mixture stand in one field."""
+    one, two = write(PAIRS), str(tmp_path / "two.jsonl")
+    Path(two).write_text(Path(one).read_text())
+    digests = {
+        prepare_splits(tokenizer, DataConfig(mix={one: 1.0, two: weight}))[0].digest
+        for weight in (1.0, 2.0, 2.0)
+    }
+    assert len(digests) == 2
+
+
 def test_equal_rows_cannot_be_split(write: Any, tokenizer: Any) -> None:
     encoder = Encoder(tokenizer)
     dataset = prepared(write([PAIRS[0]] * 9), tokenizer)
