@@ -65,7 +65,7 @@ def test_rows_read_are_rows_kept_and_rows_left_out(
     with Quarantine() as quarantine:
         config = DataConfig(train=str(path), skip_invalid=True, format="prompt_completion", packing=packed)
         if not good:
-            with pytest.raises(DataError, match=r"none of \d+ rows|the file holds no rows"):
+            with pytest.raises(DataError, match=r"none of \d+ rows|there are no rows"):
                 prepare(str(path), tokenizer, config, quarantine=quarantine)
             assert quarantine.count == len(bad)
             return

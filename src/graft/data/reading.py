@@ -203,7 +203,9 @@ def refuse_all(report: Report) -> NoReturn:
     """
     if not report.num_rejected:
         raise DataError(
-            "the file holds no rows", where=report.path, fix="check that it was written completely"
+            "there are no rows",
+            where=report.path,
+            fix="check that the file was written completely; a generator gives its rows only once",
         )
     named = "; ".join(f"{where}: {reason}" for where, reason in report.rejected[:_NAMED])
     more = f"; and {report.num_rejected - _NAMED} more" if report.num_rejected > _NAMED else ""

@@ -131,11 +131,9 @@ def resume(
     config = dataclasses.replace(rooted(config), output=str(path))
     check_names(config.training.trackers)
     check_places(config)
-    with run.lock():
+    with run.lock(), Quarantine() as quarantine:
         with stop_at_once("before it went on; its checkpoints stand", f"graft train --resume {path}"):
-            with Quarantine() as quarantine:
-                train_data, eval_data = prepare_data(config, monitor, quarantine=quarantine)
-                quarantine.save(run.quarantine_path)
+            train_data, eval_data = prepare_data(config, monitor, quarantine=quarantine)
             in_memory = record.get("start") == IN_MEMORY
             base = load_base(config, monitor, train_data.labels, in_memory=in_memory)
             checkpoint = newest_checkpoint(run, monitor.say)
@@ -145,6 +143,7 @@ def resume(
             now = binding_settings(config) | identity
             for told in allow(record, checkpoint, now, allow_changes, str(path)):
                 monitor.say(told)
+            quarantine.save(run.quarantine_path)
             record |= {"config": to_dict(config), "identity": identity, "status": "running"}
             if checkpoint is not None:
                 go_to_phase(checkpoint, base, config, monitor)

@@ -12,7 +12,7 @@ import pytest
 import graft
 from graft.config import from_dict
 from graft.data.quarantine import Quarantine
-from graft.errors import DataError, GraftError
+from graft.errors import CheckpointError, DataError, GraftError
 from graft.training.build import resume, run_from_config
 from graft.training.config import RunConfig
 
@@ -75,6 +75,19 @@ def test_a_run_has_the_rows_that_it_left_out(tmp_path: Path, tiny_dir: Callable[
     settings = graft.config.Settings({"training.max_steps": 3}, {"training.max_steps": "the test"})
     resume(tmp_path / "run", settings=settings, allow_changes=["training.max_steps"])
     assert (tmp_path / "run" / "quarantine.jsonl").read_bytes() == before
+
+
+def test_a_run_that_may_not_go_on_keeps_its_file(tmp_path: Path, tiny_dir: Callable[..., Path]) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n{broken\n')
+    run_from_config(config(tiny_dir("llama"), data, tmp_path / "run"))
+    before = saved(tmp_path / "run" / "quarantine.jsonl")
+    data.write_text('{"prompt": "c", "completion": "d"}\n{also broken\n{and this\n')
+    settings = graft.config.Settings({"training.max_steps": 3}, {"training.max_steps": "the test"})
+    with pytest.raises(CheckpointError, match="training data"):
+        resume(tmp_path / "run", settings=settings, allow_changes=["training.max_steps"])
+    assert saved(tmp_path / "run" / "quarantine.jsonl") == before
+    assert len(before) == 1
 
 
 def test_a_run_without_bad_rows_has_no_such_file(tmp_path: Path, tiny_dir: Callable[..., Path]) -> None:
