@@ -65,7 +65,7 @@ def default_directory() -> Path:
 
 
 def entry_for(
-    source: Source, encoder: Encoder, config: DataConfig, split: str, seen: Sequence[str] = ()
+    source: Source, encoder: Encoder, config: DataConfig, split: str, comparisons: Sequence[Sequence[str]]
 ) -> Entry | None:
     """The entry for a source; None where nothing is kept.
 
@@ -74,7 +74,8 @@ def entry_for(
         encoder: What makes its samples.
         config: How.
         split: Which file of a directory.
-        seen: What its rows are compared with, and what the notes about them name: the sources before it.
+        comparisons: What its rows are compared with, and what the notes about them name: the sources before
+            it. The first with which tokens are kept counts, or the last.
 
     Raises:
         DataError: The kind of file is unknown.
@@ -87,19 +88,17 @@ def entry_for(
         return None
     stamps = tuple((file, _stamp(file)) for file in found)
     settings = dataclasses.asdict(config)
-    key = files.sha256_json(
-        {
-            "path": name_of(source),
-            "files": [[file.name, files.sha256_file(file)] for file in found],
-            "split": split,
-            "seen": list(seen),
-            "settings": {name: settings[name] for name in settings if name not in _WITHOUT_EFFECT},
-            "tokenizer": encoder.digest(),
-            "code": _code(),
-        }
-    )
+    made_of = {
+        "path": name_of(source),
+        "files": [[file.name, files.sha256_file(file)] for file in found],
+        "split": split,
+        "settings": {name: settings[name] for name in settings if name not in _WITHOUT_EFFECT},
+        "tokenizer": encoder.digest(),
+        "code": _code(),
+    }
     root = default_directory() if config.cache is True else Path(str(config.cache)).expanduser()
-    return Entry(root / key, stamps)
+    places = [root / files.sha256_json({**made_of, "seen": list(seen)}) for seen in comparisons]
+    return Entry(next((place for place in places if place.exists()), places[-1]), stamps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,7 +98,7 @@ def prepare(
     encoder = tokenizer if isinstance(tokenizer, Encoder) else make_encoder(tokenizer, config)
     cleaning = cleaning or Cleaning(config)
     build = partial(_build, source, encoder, config, split, cleaning, listener)
-    entry = entry_for(source, encoder, config, split, cleaning.seen)
+    entry = entry_for(source, encoder, config, split, cleaning.comparisons())
     found = build(quarantine, None) if entry is None else None
     if entry is not None:
         with entry.held(listener):

@@ -332,6 +332,19 @@ def test_rows_are_compared_with_files_whose_tokens_were_kept(
     assert len(entries(tmp_path)) == 2
 
 
+def test_a_run_takes_the_tokens_of_a_check(data: Path, tokenizer: Any, tmp_path: Path) -> None:
+    asked = settings(tmp_path)
+    checked = prepare(str(data), tokenizer, asked, cleaning=cleaning.Cleaning(asked, thorough=True))
+    taken = prepare(str(data), tokenizer, asked)
+    assert content(taken) == content(checked)
+    assert len(entries(tmp_path)) == 1
+    # What a run looked at is less than a check has to: that is made anew.
+    other = settings(tmp_path, max_length=77)
+    prepare(str(data), tokenizer, other)
+    prepare(str(data), tokenizer, other, cleaning=cleaning.Cleaning(other, thorough=True))
+    assert len(entries(tmp_path)) == 3
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_overlap_with_evaluation_data_is_known_from_the_cache(
     data: Path, tokenizer: Any, tmp_path: Path, again: bool

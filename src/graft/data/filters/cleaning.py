@@ -24,6 +24,8 @@ T = TypeVar("T")
 LOOKED_AT = 10_000
 """Rows of a source that are looked at where nothing is left out."""
 
+_CHECKED = "all rows are looked at"
+
 _TOLD = {
     "overlap": ("is also in the evaluation data", "are also in the evaluation data"),
     "duplicate": ("says what an earlier one says", "say what an earlier one says"),
@@ -73,9 +75,18 @@ class Cleaning:
             "near" if config.deduplicate == "near" else "exact", config.near_threshold
         )
         self.overlap: Overlap | None = None
-        self.seen = ["all rows are looked at"] if thorough else []
+        self.seen: list[str] = []
+        self._thorough = thorough
         self.num_eval = 0
         self._passed_by: list[Callable[[], None]] = []
+
+    def comparisons(self) -> list[list[str]]:
+        """What the next source is compared with, as its kept tokens are named after it.
+
+        A check that looks at all rows comes first: it tells more, and of the tokens it leaves out as many.
+        """
+        checked = [_CHECKED, *self.seen]
+        return [checked] if self._thorough else [checked, self.seen]
 
     def pass_by(self, again: Callable[[], None], num_eval: int) -> None:
         """A source did not go through, its tokens being kept from an earlier run.
