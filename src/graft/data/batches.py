@@ -14,15 +14,15 @@ MAX_ROWS, MAX_CHARACTERS = 2_048, 1 << 20
 
 
 def batches_of(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    """Some thousand examples at a time, fewer of long ones."""
+    """Some thousand examples at a time, fewer of long ones; few at first, so that nothing waits long."""
     batch: list[Example] = []
-    size = 0
+    size, most = 0, MAX_ROWS // 8
     for example in examples:
         batch.append(example)
         size += sum(map(len, texts_of(example)))
-        if len(batch) == MAX_ROWS or size >= MAX_CHARACTERS:
+        if len(batch) == most or size >= MAX_CHARACTERS:
             yield batch
-            batch, size = [], 0
+            batch, size, most = [], 0, min(2 * most, MAX_ROWS)
     if batch:
         yield batch
 
