@@ -9,8 +9,8 @@ from graft.data.examples import Conversation, Example, Pair
 from graft.data.samples import Rejected
 from graft.data.tokens import private_character
 
-MAX_ROWS, MAX_CHARACTERS = 2_048, 1 << 20
-"""Of a batch; the tokenizer needs some ten bytes for each character of it meanwhile."""
+MAX_ROWS, MAX_CHARACTERS = 2_048, 1 << 19
+"""Of a batch; the tokenizer needs some hundred bytes for each character of it meanwhile."""
 
 
 def batches_of(examples: Iterable[Example]) -> Iterator[list[Example]]:

@@ -104,7 +104,9 @@ class TextEncoder:
         self._begins = _begins(controls)
         self._short: dict[str, Any] = {}
         self._copy = _renamed(state, self._to_private)
-        if hasattr(self._copy.model, "_resize_cache"):  # of words already seen; a tenth of the time
+        # A tenth of the time; but without a pre-tokenizer a word is a whole text, and memory would follow it.
+        splits = (state.get("pre_tokenizer") or {"type": "Metaspace"})["type"] != "Metaspace"
+        if splits and hasattr(self._copy.model, "_resize_cache"):
             self._copy.model._resize_cache(_CACHED_WORDS)
         assert all(self._copy.token_to_id(self._to_private[text]) == id for text, id in controls.items())
         self.control_ids = frozenset(token["id"] for token in state["added_tokens"])

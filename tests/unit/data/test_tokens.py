@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from graft.data import tokens
 from graft.data.tokens import TextEncoder, private_character
 from graft.errors import DataError
 
@@ -109,3 +112,26 @@ def test_a_slow_tokenizer_is_refused() -> None:
     slow: Any = Slow()
     with pytest.raises(DataError, match="Slow is not a fast tokenizer"):
         TextEncoder(slow)
+
+
+@pytest.mark.parametrize(("name", "resized"), [("gpt2", True), ("llama", False)])
+def test_only_a_tokenizer_that_splits_words_remembers_many(
+    name: str, resized: bool, shared: Path, tinystories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a pre-tokenizer a whole text is one word: 100,000 of them would be kept."""
+    asked: list[int] = []
+
+    class Model:
+        def _resize_cache(self, capacity: int) -> None:
+            asked.append(capacity)
+
+    real = tokens._renamed
+
+    def renamed(*given: Any) -> Any:
+        made = real(*given)
+        return SimpleNamespace(model=Model(), token_to_id=made.token_to_id, encode_batch=made.encode_batch)
+
+    monkeypatch.setattr(tokens, "_renamed", renamed)
+    place = shared / "tokenizers" / "gpt2" if name == "gpt2" else tinystories
+    tokens.TextEncoder(AutoTokenizer.from_pretrained(place))
+    assert bool(asked) is resized
