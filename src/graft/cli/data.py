@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graft.cli import answer
-from graft.cli.train import settings_of
+from graft.cli.train import Assignments, EvaluationData, ModelName, Task, TrainingData, settings_of
 from graft.config import build
 from graft.errors import ConfigError
 
@@ -32,23 +32,15 @@ MOST_SAMPLES = 20
 @app.command("check", epilog="Example: graft data check --model MODEL --data train.jsonl --page check.html")
 def check(
     config: Annotated[Path | None, typer.Argument(help="YAML file with the configuration of a run.")] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help='Directory, hub id, or "builtin" (the default).')
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", "-d", help="Training data: a file, a directory, hub:owner/name.")
-    ] = None,
-    eval_data: Annotated[str | None, typer.Option("--eval-data", help="Evaluation data.")] = None,
+    model: ModelName = None,
+    data: TrainingData = None,
+    eval_data: EvaluationData = None,
     preset: Annotated[str | None, typer.Option("--preset", help="As of graft train.")] = None,
-    task: Annotated[
-        str | None, typer.Option("--task", help="generation (the default) or classification.")
-    ] = None,
+    task: Task = None,
     skip_invalid: Annotated[
         bool, typer.Option("--skip-invalid", help="Leave out rows that cannot be used, as graft train does.")
     ] = False,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", help="Any field: section.key=value. May be repeated.")
-    ] = None,
+    assignments: Assignments = None,
     samples: Annotated[
         int, typer.Option("--samples", help="Samples to show, the first two and others drawn.")
     ] = 2,

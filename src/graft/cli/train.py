@@ -38,15 +38,25 @@ UNWANTED = {"full": {"adapter", "quantization"}, "lora": {"quantization"}}
 """Sections that a method is without: those of the file are left out, and told; those of --set are refused."""
 
 
+ModelName = Annotated[
+    str | None, typer.Option("--model", "-m", help='Directory, hub id, or "builtin" (the default).')
+]
+TrainingData = Annotated[
+    str | None, typer.Option("--data", "-d", help="Training data: a file, a directory, hub:owner/name.")
+]
+EvaluationData = Annotated[str | None, typer.Option("--eval-data", help="Evaluation data.")]
+Task = Annotated[str | None, typer.Option("--task", help="generation (the default) or classification.")]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", help="Any field: section.key=value. May be repeated.")
+]
+"""Flags of a run's configuration, which `graft data check` reads as well."""
+
+
 def train(
     config: Annotated[Path | None, typer.Argument(help="YAML file with the whole configuration.")] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help='Directory, hub id, or "builtin" (the default).')
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", "-d", help="Training data: a file, a directory, hub:owner/name.")
-    ] = None,
-    eval_data: Annotated[str | None, typer.Option("--eval-data", help="Evaluation data.")] = None,
+    model: ModelName = None,
+    data: TrainingData = None,
+    eval_data: EvaluationData = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -59,14 +69,10 @@ def train(
         str | None,
         typer.Option("--preset", help="classification, generation, instruction, domain or preference."),
     ] = None,
-    task: Annotated[
-        str | None, typer.Option("--task", help="generation (the default) or classification.")
-    ] = None,
+    task: Task = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Run directory to make.")] = None,
     skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help=SKIP_INVALID)] = False,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", help="Any field: section.key=value. May be repeated.")
-    ] = None,
+    assignments: Assignments = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="Go on with this run exactly.")] = None,
     watch: Annotated[
         int | None,

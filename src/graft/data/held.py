@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from array import array
 from collections.abc import Collection, Sequence
 from itertools import chain
@@ -34,13 +35,13 @@ class Held(Sequence[Sample]):
             return [self.sample(number) for number in range(*index.indices(len(self)))]
         return self.sample(range(len(self))[index])
 
+    @abstractmethod
     def sample(self, index: int) -> Sample:
         """The sample at a place from 0 on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def figures(self) -> NDArray[Any]:
         """Of each sample its key, tokens, learned tokens and ends; 28 bytes each."""
-        raise NotImplementedError
 
     def drawn(self, epoch: int) -> NDArray[np.int64] | None:
         """Which samples an epoch has, by their numbers; None where it has each of them once."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from graft.data.cache import entry_for
+from graft.data.cache import Entry, entry_for
 from graft.data.chat.templates import read_template
 from graft.data.chat.turns import Choice
 from graft.data.config import DataConfig
@@ -35,6 +35,12 @@ TOLD_EVERY = 1_000
 """Rows."""
 CUTS = (TRUNCATED, CUT_LEFT, OLDER_CUT)
 """Remarks of samples that lack a part of their row."""
+
+
+Built = tuple[Store, Report, str]
+"""Samples, what is told of them, and the digest of their rows."""
+Build = Callable[[Quarantine | None, Path | None], Built]
+"""Makes them: where rows go that are left out, and the directory of the samples."""
 
 
 @dataclass(frozen=True)
@@ -99,21 +105,29 @@ def prepare(
     cleaning = cleaning or Cleaning(config)
     build = partial(_build, source, encoder, config, split, cleaning, listener)
     entry = entry_for(source, encoder, config, split, cleaning.comparisons())
-    found = build(quarantine, None) if entry is None else None
-    if entry is not None:
+    if entry is None:
+        samples, report, digest = build(quarantine, None)
+    else:
+        again = partial(_send_through, source, encoder, config, split, cleaning)
         with entry.held(listener):
-            found = entry.open(quarantine)
-            if found is None:
-                with entry.filled() as directory, Quarantine() as left_out:
-                    entry.describe(directory, *build(left_out, directory), left_out, cleaning.num_eval)
-                found = entry.open(quarantine)
-            else:
-                again = partial(_send_through, source, encoder, config, split, cleaning)
-                cleaning.pass_by(again, entry.num_eval())
-    assert found is not None
-    samples, report, digest = found
+            samples, report, digest = _kept(entry, build, again, quarantine, cleaning)
     cleaning.seen.append(f"{split} {name_of(source)} {digest}")
     return Dataset(samples, report, digest)
+
+
+def _kept(
+    entry: Entry, build: Build, again: Callable[[], None], quarantine: Quarantine | None, cleaning: Cleaning
+) -> Built:
+    """What the cache has, or is given now; `again` sends the rows through the filters alone."""
+    found = entry.open(quarantine)
+    if found is not None:
+        cleaning.pass_by(again, entry.num_eval())
+        return found
+    with entry.filled() as directory, Quarantine() as left_out:
+        entry.describe(directory, *build(left_out, directory), left_out, cleaning.num_eval)
+    found = entry.open(quarantine)
+    assert found is not None
+    return found
 
 
 def _send_through(
@@ -138,7 +152,7 @@ def _build(
     listener: Listener,
     quarantine: Quarantine | None,
     directory: Path | None,
-) -> tuple[Store, Report, str]:
+) -> Built:
     cleaning.catch_up()
     reading = Reading(source, config, split, encoder, quarantine)
     report = reading.report

@@ -68,11 +68,11 @@ def _encrypted(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) 
     bits, mask = _U(half), _U((1 << half) - 1)
     left, right = values >> bits, values & mask
     for key in keys:
-        left, right = right, left ^ (mixed(right ^ key) & mask)
+        left, right = right, left ^ (spread(right ^ key) & mask)
     return (left << bits) | right
 
 
-def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def spread(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Spread each value of 64 bits over all of them, one to one (the finalizer of SplitMix64)."""
     values = (values ^ (values >> _SHIFT_1)) * _FACTOR_1
     values = (values ^ (values >> _SHIFT_2)) * _FACTOR_2

@@ -19,8 +19,7 @@ from graft.data.prepare import Dataset, count_samples, make_encoder, prepare
 from graft.data.quarantine import Quarantine
 from graft.data.report import Report, joined_report, num_rows, show_sample
 from graft.data.samples import Kind, Sample
-from graft.data.shuffling import key_of
-from graft.data.shuffling import mixed as mixed_bits
+from graft.data.shuffling import key_of, spread
 from graft.data.sources import Source
 from graft.errors import ConfigError, DataError
 
@@ -219,5 +218,5 @@ def _ranks(keys: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
     """A number for each unit that follows from the seed and what it holds, and is as good as random."""
     ranks = np.full(len(keys), key_of("held out", seed), dtype=np.uint64)
     for word in keys.T:
-        ranks = mixed_bits(ranks ^ word)
+        ranks = spread(ranks ^ word)
     return ranks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,13 +19,6 @@ SOURCE = (
     "{% if add_generation_prompt %}{{ bos_token + 'assistant: ' }}{% endif %}"
 )
 ROLES = ["system", "user", "assistant", "tool", "assistant"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tinystories: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tinystories)
 
 
 def chat(**flags: Any) -> list[dict[str, Any]]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,23 +47,6 @@ def test_the_rows_that_were_looked_at_are_told_exactly() -> None:
     assert found
     assert looked_at
     assert found[1] == looked_at[1]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tinystories: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tinystories)
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Any:
-    def write_rows(rows: list[Any], name: str = "rows.jsonl") -> str:
-        path = tmp_path / name
-        path.write_text("\n".join(json.dumps(row) for row in rows))
-        return str(path)
-
-    return write_rows
 
 
 def lines(dataset: Dataset) -> list[int]:

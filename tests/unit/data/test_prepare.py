@@ -20,23 +20,6 @@ from graft.errors import ConfigError, DataError
 PAIRS = [{"prompt": f"Say the number {number}.", "completion": f" It is {number}"} for number in range(40)]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tinystories: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tinystories)
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Any:
-    def write_rows(rows: list[Any], name: str = "rows.jsonl") -> str:
-        path = tmp_path / name
-        path.write_text("\n".join(json.dumps(row) for row in rows))
-        return str(path)
-
-    return write_rows
-
-
 def prepared(path: str, tokenizer: Any, **config: Any) -> Dataset:
     return prepare(path, tokenizer, DataConfig(train=path, **config))
 

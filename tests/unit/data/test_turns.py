@@ -40,13 +40,6 @@ OWN = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tinystories: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tinystories)
-
-
 def long_chat(contents: list[str]) -> Conversation:
     chat = [{"role": "system", "content": "S"}]
     for number, content in enumerate(contents):

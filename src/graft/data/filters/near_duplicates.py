@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from graft.data.filters.content import Content
 from graft.data.filters.sorted_index import Column, SortedIndex
 from graft.data.filters.words import grams, words
-from graft.data.shuffling import mixed
+from graft.data.shuffling import spread
 
 SHINGLE = 3
 """Words of a shingle. One changed word changes three: 40 words with one changed are alike to 0.85 (of 5-grams
@@ -130,7 +130,7 @@ class NearIndex:
         rank = np.arange(whole.size) - (np.cumsum(counts) - counts)[owners]
         kept = whole[rank < SKETCH].astype(np.uint32)
         rows = counts.reshape(-1, 2).sum(axis=1)
-        keys = self._keys(mixed(whole & np.uint64(0x1FFFFFFFF)), rows)
+        keys = self._keys(spread(whole & np.uint64(0x1FFFFFFFF)), rows)
         return Sketches(kept, np.minimum(counts, SKETCH), counts, keys, rows == 0)
 
     def _keys(self, shingles: NDArray[np.uint64], rows: Numbers) -> NDArray[np.uint64]:
@@ -144,7 +144,7 @@ class NearIndex:
             folded = np.full(filled.size, band + 1, dtype=np.uint64)
             for factor in self._factors[band * self._size : (band + 1) * self._size]:
                 values = ((shingles * factor) >> _HALF).astype(np.uint32)
-                folded = mixed(folded ^ np.minimum.reduceat(values, starts))
+                folded = spread(folded ^ np.minimum.reduceat(values, starts))
             keys[filled, band] = folded >> _HALF
         return keys
 

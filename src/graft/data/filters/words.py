@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from graft.data.shuffling import mixed
+from graft.data.shuffling import spread
 
 Hashes = NDArray[np.uint64]
 Places = NDArray[np.int64]
@@ -122,7 +122,7 @@ def _words(points: NDArray[np.uint32], kinds: NDArray[np.uint8]) -> tuple[Places
     powers, inverses = _powers(-(-points.size // _WINDOW))
     sums = np.zeros(points.size + 1, dtype=np.uint64)
     np.cumsum((points + np.uint64(1)) * powers[: points.size], out=sums[1:])
-    return starts, mixed((sums[ends + 1] - sums[starts]) * inverses[starts])
+    return starts, spread((sums[ends + 1] - sums[starts]) * inverses[starts])
 
 
 def grams(found: Grams, n: int) -> Grams:
@@ -146,7 +146,7 @@ def grams(found: Grams, n: int) -> Grams:
             found.hashes[np.minimum(first + offset, max(found.hashes.size - 1, 0))] if first.size else total
         )
         total += np.where(there, word * np.uint64(pow(_BASE, 2 * offset + 3, 1 << 64)), np.uint64(0))
-    return Grams(mixed(total), starts)
+    return Grams(spread(total), starts)
 
 
 def visible_and_letters(points: NDArray[np.uint32]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
