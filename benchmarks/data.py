@@ -1,11 +1,12 @@
 """What it takes to get from rows to packed batches, beside the tokenizer alone and beside TRL.
 
-    python benchmarks/data.py                 # rate and packing on alpaca-like messages; needs ../shared
+    python benchmarks/data.py                 # rate and packing on messages; needs ../shared
     python benchmarks/data.py --bytes 2e9     # memory too: files of a tenth, a third and all of so many bytes
     python benchmarks/data.py --small         # few rows: only that it runs
 
-Rate: rows of messages from the instruction data beside the project, made different by a number in each, are
-read from a JSON lines file, rendered, tokenized, masked, stored and packed. In each round the tokenizer alone
+Rate: conversations made of the data beside the project (instructions, sums with their reasoning, passages of
+books; 14,000, each once, then again with a number in each) are read from a JSON lines file, rendered,
+tokenized, masked, stored and packed. In each round the tokenizer alone
 (`encode_batch` over texts that were rendered before) has its turn first, then graft, then TRL's way where trl
 and datasets are installed (a chat template for each row, packing by best fit). Ratios are taken within each
 round; their median is printed.
@@ -19,11 +20,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,18 +53,45 @@ def tokenizer() -> Any:
     return found
 
 
+def conversations() -> list[tuple[str, str]]:
+    """Questions and answers, in an order of their own that is always the same."""
+    datasets = SHARED / "datasets"
+    found = []
+    for row in json.loads((datasets / "instruct" / "alpaca_en_demo.json").read_text()):
+        asked = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
+        found.append((asked, row["output"]))
+    for name in ("train", "test"):
+        for line in (datasets / "gsm8k" / f"{name}.jsonl").open():
+            row = json.loads(line)
+            found.append((row["question"], row["answer"]))
+    for path in sorted((datasets / "books").glob("*.txt")):
+        parts = list(passages(path.read_text()))
+        found += [
+            (f"Continue this passage:\n\n{a}", b) for a, b in zip(parts[::2], parts[1::2], strict=False)
+        ]
+    random.Random(0).shuffle(found)
+    return [(asked, answer) for asked, answer in found if answer.strip()]
+
+
+def passages(text: str, size: int = 500) -> Iterator[str]:
+    """Paragraphs, so many together that they have `size` characters."""
+    part = ""
+    for paragraph in re.split(r"\n\s*\n", text):
+        part += paragraph.strip() + "\n\n"
+        if len(part) > size:
+            yield part.strip()
+            part = ""
+
+
 def write_rows(path: Path, *, num_rows: int = 0, num_bytes: float = 0) -> None:
     """Write messages until there are so many rows, or so many bytes."""
-    rows = json.loads((SHARED / "datasets" / "instruct" / "alpaca_en_demo.json").read_text())
+    rows = conversations()
     written = number = 0
     with open(path, "w") as file:
         while written < num_bytes or number < num_rows:
-            row = rows[number % len(rows)]
-            asked = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
-            messages = [
-                {"role": "user", "content": f"{asked} ({number})"},
-                {"role": "assistant", "content": row["output"]},
-            ]
+            asked, answer = rows[number % len(rows)]
+            again = f" ({number})" if number >= len(rows) else ""
+            messages = [{"role": "user", "content": asked + again}, {"role": "assistant", "content": answer}]
             written += file.write(json.dumps({"messages": messages}) + "\n")
             number += 1
 

@@ -18,6 +18,7 @@ from graft.data.config import DataConfig
 from graft.data.filters.cleaning import Cleaning
 from graft.data.filters.content import Content, content_of
 from graft.data.formats import Example
+from graft.data.garbage import only_new_garbage
 from graft.data.held import figures_of, repeats
 from graft.data.listener import SILENT, Listener
 from graft.data.masking import Encoder
@@ -29,8 +30,8 @@ from graft.data.sources import Row, Source, name_of
 from graft.data.store import Store, StoreWriter
 from graft.errors import DataError
 
-WORKERS = 2
-"""Threads that keep the tokenizer at work, which uses all cores, while rows are read and rendered."""
+WORKERS = 1
+"""Threads in which texts are encoded while rows are read and rendered."""
 TOLD_EVERY = 1_000
 """Rows."""
 CUTS = (TRUNCATED, CUT_LEFT, OLDER_CUT)
@@ -160,8 +161,9 @@ def _build(
     control_ids = encoder.text.control_ids
     num_ids = max(len(encoder.tokenizer), *(id + 1 for id in control_ids), 1)
     writer = StoreWriter(num_ids, control_ids, directory, prefix=report.path)
-    for sample in _encoded(examples, reading, encoder, config, listener):
-        writer.add(sample)
+    with only_new_garbage():
+        for sample in _encoded(examples, reading, encoder, config, listener):
+            writer.add(sample)
     if not writer.num_samples:
         refuse_all(report)
     samples = writer.store()

@@ -11,10 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from graft.data.encodings import Encoded, Listed, Whole
+from graft.data.word_encoder import WordEncoder
 from graft.errors import DataError
 
 _FIRST_CONTROL = 0xF0000
@@ -22,48 +24,36 @@ _FIRST_QUOTED = 0x100000
 _SHORT = 64
 _MAX_SHORT = 4096
 _MAX_BEGINS = 8
-_CACHED_WORDS = 100_000
+_WORTH_WORDS = 20
+"""Characters for each token of the vocabulary; the tokenizer reads so many while a `WordEncoder` is made."""
 _PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
 
 
 class Apart:
     """A text encoded so that no token spans one of its edges.
 
+    Args:
+        encoded: Its tokens.
+        edges: How many tokens stand before each edge.
+
     Attributes:
         ids: Token ids.
-        edges: How many tokens stand before each edge.
+        edges: As given.
+        before: How many tokens begin before a place of the text.
     """
 
-    __slots__ = ("_encoding", "_size", "_starts", "edges", "ids")
+    __slots__ = ("_encoded", "before", "edges", "ids")
 
-    def __init__(
-        self, ids: list[int], edges: dict[int, int], size: int, encoding: Any = None, starts: Any = None
-    ) -> None:
-        self.ids = ids
+    def __init__(self, encoded: Encoded, edges: dict[int, int]) -> None:
+        self._encoded = encoded
+        self.ids = encoded.ids
+        self.before = encoded.before
         self.edges = edges
-        self._size = size
-        self._encoding = encoding
-        self._starts: list[int] | None = starts
 
     @property
-    def starts(self) -> list[int]:
+    def starts(self) -> Sequence[int]:
         """Where each token begins in the text."""
-        if self._starts is None:
-            self._starts = _starts(self._encoding)
-        return self._starts
-
-    def before(self, place: int) -> int:
-        """How many tokens begin before a place of the text."""
-        if self._starts is None:
-            if place >= self._size:
-                return len(self.ids)
-            # Listing all places is slow; where tokens on both sides meet at this one, the count is clear.
-            token = self._encoding.char_to_token(place)
-            meets = token is not None and self._encoding.token_to_chars(token)[0] == place
-            if meets and (token == 0 or self._encoding.token_to_chars(token - 1)[0] < place):
-                count: int = token
-                return count
-        return bisect_left(self.starts, place)
+        return self._encoded.starts
 
 
 class TextEncoder:
@@ -102,33 +92,31 @@ class TextEncoder:
         self._from_quoted = {ord(char): text for text, char in self._to_quoted.items()}
         self._controls = _any_of(controls)
         self._begins = _begins(controls)
-        self._short: dict[str, Any] = {}
+        self._short: dict[str, Encoded] = {}
         self._copy = _renamed(state, self._to_private)
-        # A tenth of the time; but without a pre-tokenizer a word is a whole text, and memory would follow it.
-        splits = (state.get("pre_tokenizer") or {"type": "Metaspace"})["type"] != "Metaspace"
-        if splits and hasattr(self._copy.model, "_resize_cache"):
-            self._copy.model._resize_cache(_CACHED_WORDS)
+        self._words: WordEncoder | None = None
+        self._read, self._worth = 0, _WORTH_WORDS * self._copy.get_vocab_size()
         assert all(self._copy.token_to_id(self._to_private[text]) == id for text, id in controls.items())
         self.control_ids = frozenset(token["id"] for token in state["added_tokens"])
         self.bos_ids = _prefix_ids(tokenizer)
         self.eos_id: int | None = tokenizer.eos_token_id
 
-    def encode(self, texts: Sequence[str]) -> list[Any]:
-        """Encode many texts at once, nothing added around them.
-
-        Returns:
-            One `tokenizers.Encoding` per text, with `ids` and `offsets` (in characters).
-        """
-        encodings: list[Any] = self._copy.encode_batch(list(texts), add_special_tokens=False)
-        return encodings
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Encode many texts at once, nothing added around them."""
+        if self._words is None and self._read > self._worth:
+            self._words = WordEncoder(self._copy)
+        if self._words is not None:
+            return self._words.encode(texts)
+        self._read += sum(map(len, texts))
+        encodings = self._copy.encode_batch(list(texts), add_special_tokens=False)
+        return [Whole(encoding, len(text)) for encoding, text in zip(encodings, texts, strict=True)]
 
     def ids(self, text: str) -> list[int]:
         """The ids of one text."""
-        found: list[int] = self.encode([text])[0].ids
-        return found
+        return self.encode([text])[0].ids
 
     def encode_apart(
-        self, texts: Sequence[tuple[str, Sequence[int]]], wholes: Sequence[Any] | None = None
+        self, texts: Sequence[tuple[str, Sequence[int]]], wholes: Sequence[Encoded] | None = None
     ) -> list[Apart]:
         """Encode texts such that what stands before each edge has the ids it would have alone.
 
@@ -152,7 +140,7 @@ class TextEncoder:
             for (text, _), whole, pairs in zip(texts, wholes, spans, strict=True)
         ]
 
-    def _parts_of(self, texts: set[str]) -> dict[str, Any]:
+    def _parts_of(self, texts: set[str]) -> dict[str, Encoded]:
         """What each text becomes alone; the short ones, mostly the heads of turns, are remembered."""
         found = {text: self._short[text] for text in texts if text in self._short}
         new = [text for text in texts if text not in found]
@@ -162,23 +150,23 @@ class TextEncoder:
         self._short.update((text, found[text]) for text in new if len(text) <= _SHORT)
         return found
 
-    def _apart(self, text: str, whole: Any, checks: Sequence[tuple[int, int, Any]]) -> Apart:
-        ids: list[int] = whole.ids
+    def _apart(self, text: str, whole: Encoded, checks: Sequence[tuple[int, int, Encoded]]) -> Apart:
+        ids = whole.ids
         counts: dict[int, int] = {}
-        for origin, edge, encoding in checks:
-            head = whole.char_to_token(origin) if origin else 0
-            part = encoding.ids
-            if head is None or ids[head : head + len(part)] != part:
+        for origin, edge, encoded in checks:
+            head = whole.before(origin)
+            part = encoded.ids
+            if ids[head : head + len(part)] != part:
                 return self._in_parts(text, whole, checks)
             counts[edge] = head + len(part)
-        return Apart(ids, counts, len(text), whole)
+        return Apart(whole, counts)
 
-    def _in_parts(self, text: str, whole: Any, checks: Sequence[tuple[int, int, Any]]) -> Apart:
-        ids, starts = list(whole.ids), _starts(whole)
+    def _in_parts(self, text: str, whole: Encoded, checks: Sequence[tuple[int, int, Encoded]]) -> Apart:
+        ids, starts = list(whole.ids), whole.starts
         counts: dict[int, int] = {}
         base = 0  # the ids of what follows are those of the text from here on
-        for origin, edge, encoding in checks:
-            part, part_starts = encoding.ids, _starts(encoding)
+        for origin, edge, encoded in checks:
+            part, part_starts = encoded.ids, encoded.starts
             if origin < base:
                 origin = base
                 part, part_starts = self._following(text[base:edge])
@@ -191,21 +179,21 @@ class TextEncoder:
                 starts += [edge + at for at in tail_starts]
                 base = edge
             counts[edge] = count
-        return Apart(ids, counts, len(text), starts=starts)
+        return Apart(Listed(ids, starts), counts)
 
-    def _following(self, text: str) -> tuple[list[int], list[int]]:
+    def _following(self, text: str) -> tuple[list[int], Sequence[int]]:
         """The ids of a text that stands in the middle of another, and where each begins in it.
 
         Some tokenizers put a space before whatever they are given; an anchor takes it instead.
         """
         for anchor in ("\n", "0", "a", "."):
-            encoding = self.encode([anchor + text])[0]
-            skipped = self.encode([anchor])[0].ids
-            if encoding.ids[: len(skipped)] == skipped:
-                starts = [max(start - 1, 0) for start in _starts(encoding)]
-                return encoding.ids[len(skipped) :], starts[len(skipped) :]
-        encoding = self.encode([text])[0]
-        return encoding.ids, _starts(encoding)
+            encoded = self.encode([anchor + text])[0]
+            skipped = self.ids(anchor)
+            if encoded.ids[: len(skipped)] == skipped:
+                starts = [max(start - 1, 0) for start in encoded.starts]
+                return encoded.ids[len(skipped) :], starts[len(skipped) :]
+        encoded = self.encode([text])[0]
+        return encoded.ids, encoded.starts
 
     def lost_characters(self, chars: Iterable[str]) -> list[str]:
         """Those characters that the tokenizer has no token for, and drops or makes unknown."""
@@ -228,7 +216,7 @@ class TextEncoder:
     def may_join(self, piece: str) -> bool:
         """Whether a control token could be spelled across an end of a piece of text."""
         return any(
-            piece in control
+            (piece in control and piece != control)
             or any(
                 piece.startswith(control[at:]) or piece.endswith(control[:at])
                 for at in range(1, len(control))
@@ -262,10 +250,6 @@ def _since_control(text: str, edges: Sequence[int]) -> list[tuple[int, int]]:
             near = [match.start() for match in _PRIVATE.finditer(text, 0, edge)]
         found.append((near[-1] if near else 0, edge))
     return found
-
-
-def _starts(encoding: Any) -> list[int]:
-    return [start for start, _ in encoding.offsets]
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

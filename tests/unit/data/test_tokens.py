@@ -10,9 +10,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from graft.data import tokens
+from graft.data.encodings import Listed, Whole
 from graft.data.tokens import TextEncoder, private_character
+from graft.data.word_encoder import WordEncoder
 from graft.errors import DataError
+from graft.kernels.cpu import library
 
 CORPUS = ["the cat sat on the mat", "a dog ran in the rain </s> end", "the end of the day <|x|> the"] * 20
 SPECIALS = ["<unk>", "<s>", "</s>", "<|x|>"]
@@ -120,18 +122,18 @@ def test_only_a_tokenizer_that_splits_words_remembers_many(
 ) -> None:
     """Without a pre-tokenizer a whole text is one word: 100,000 of them would be kept."""
     asked: list[int] = []
-
-    class Model:
-        def _resize_cache(self, capacity: int) -> None:
-            asked.append(capacity)
-
-    real = tokens._renamed
-
-    def renamed(*given: Any) -> Any:
-        made = real(*given)
-        return SimpleNamespace(model=Model(), token_to_id=made.token_to_id, encode_batch=made.encode_batch)
-
-    monkeypatch.setattr(tokens, "_renamed", renamed)
     place = shared / "tokenizers" / "gpt2" if name == "gpt2" else tinystories
-    tokens.TextEncoder(AutoTokenizer.from_pretrained(place))
+    real = Tokenizer.from_file(str(place / "tokenizer.json"))
+    fake = SimpleNamespace(model=SimpleNamespace(_resize_cache=asked.append), to_str=real.to_str)
+    monkeypatch.setattr(library, "problem", lambda: "not compiled")
+    WordEncoder(fake)
     assert bool(asked) is resized
+
+
+def test_the_word_encoder_is_made_once_it_pays(shared: Path) -> None:
+    encoder = TextEncoder(AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2"))
+    text = "some words of a text that is read again and again. " * 2_000
+    kinds = [type(encoder.encode([text])[0]) for _ in range(12)]
+    change = kinds.index(Listed)
+    assert kinds == [Whole] * change + [Listed] * (12 - change)
+    assert 50_257 * 20 < change * len(text) < 50_257 * 20 + 2 * len(text)

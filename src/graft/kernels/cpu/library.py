@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-VERSION = 5
+VERSION = 6
 """Of the functions' arguments; the library has to say the same."""
 
 SOURCES = Path(__file__).parent / "source"
@@ -109,6 +109,29 @@ class Loss(ctypes.Structure):
     ]
 
 
+class Vocabulary(ctypes.Structure):
+    """GraftVocabulary in source/graft.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("kinds", "controls", "bytes", "characters", "merges")),
+        *((name, ctypes.c_void_p) for name in ("wholes", "whole_ends", "whole_ids")),
+        *((f"num_{name}", ctypes.c_int64) for name in ("controls", "characters", "merges", "wholes")),
+        *((name, ctypes.c_int32) for name in ("first_control", "pattern", "digits_alone", "mark", "marks")),
+    ]
+
+
+class Texts(ctypes.Structure):
+    """GraftTexts in source/graft.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("text", "ends")),
+        ("count", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("ids", "starts")),
+        ("capacity", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("id_ends", "done")),
+    ]
+
+
 @cache
 def problem() -> str:
     """Why the library cannot be used, or ""."""
@@ -150,10 +173,18 @@ def library() -> ctypes.CDLL:
     for name, kind in (("rms_norm", Norm), ("silu_product", Gate), ("cross_entropy", Loss)):
         function = getattr(loaded, f"graft_{name}")
         function.argtypes, function.restype = [ctypes.POINTER(kind), ctypes.c_int32], None
+    _declare_words(loaded)
     loaded.graft_decode.restype = loaded.graft_encode.restype = None
     loaded.graft_use_openmp.argtypes = [ctypes.c_void_p]
     loaded.graft_use_openmp(openmp_parallel())
     return loaded
+
+
+def _declare_words(loaded: ctypes.CDLL) -> None:
+    loaded.graft_words_new.argtypes = [ctypes.POINTER(Vocabulary)]
+    loaded.graft_words_new.restype = ctypes.c_void_p
+    loaded.graft_words_free.argtypes, loaded.graft_words_free.restype = [ctypes.c_void_p], None
+    loaded.graft_words_read.argtypes = [ctypes.c_void_p, ctypes.POINTER(Texts)]
 
 
 @cache

@@ -96,6 +96,33 @@ struct GraftLoss {
   int64_t rows, width;
 };
 
+// Of byte-pair encoding, see words.cpp.
+struct GraftVocabulary {
+  const uint8_t* kinds;       // (0x110000,) of characters
+  const int32_t* controls;    // (num_controls,) ids of the characters that are control tokens
+  const int32_t* bytes;       // (256,) ids of single bytes
+  const int32_t* characters;  // (num_characters, 2) characters and their ids, which come before their bytes
+  const int32_t* merges;      // (num_merges, 3) left, right and result; the first learned first
+  const uint8_t* wholes;      // words that are tokens without a look at the merges, one after the other
+  const int64_t* whole_ends;  // (num_wholes,)
+  const int32_t* whole_ids;   // (num_wholes,)
+  int64_t num_controls, num_characters, num_merges, num_wholes;
+  int32_t first_control, pattern, digits_alone;
+  int32_t mark, marks;  // id of what is put before sections, and before which
+};
+
+// Texts to read, as UTF-8 one after the other, and what they become.
+struct GraftTexts {
+  const uint8_t* text;
+  const int64_t* ends;  // (count,) bytes
+  int64_t count;
+  int32_t* ids;      // (capacity,)
+  int32_t* starts;   // (capacity,) where in its text each token begins, in characters
+  int64_t capacity;
+  int64_t* id_ends;  // (count,)
+  uint8_t* done;     // (count,) 0 where a text is not for this to read
+};
+
 }  // extern "C"
 
 namespace graft {

@@ -85,7 +85,7 @@ const Tier& current_tier() {
 using graft::Rounding;
 using graft::Tier;
 
-GRAFT_API int32_t graft_version() { return 5; }
+GRAFT_API int32_t graft_version() { return 6; }
 
 GRAFT_API const char* graft_tier() { return graft::tier().name; }
 
