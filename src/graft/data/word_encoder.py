@@ -14,6 +14,8 @@ from graft.kernels.cpu.words import Words
 MAX_CHARACTERS = 1 << 20
 """Of a text that is read here; a longer one is left to the tokenizer."""
 _CACHED_WORDS = 100_000
+"""That a tokenizer remembers: a tenth of its time. Without a pre-tokenizer a word is a whole text, and remembering
+those takes 200 MB for nothing."""
 
 
 class WordEncoder:
@@ -33,10 +35,9 @@ class WordEncoder:
         self._left = left_texts(state)
         vocabulary = None if library.problem() else vocabulary_of(state)
         self._words = None if vocabulary is None else Words(vocabulary)
-        # A tenth of the time; but without a pre-tokenizer a word is a whole text, and memory would follow it.
-        splits = (state["pre_tokenizer"] or {"type": "Metaspace"})["type"] != "Metaspace"
-        if self._words is None and splits and hasattr(tokenizer.model, "_resize_cache"):
-            tokenizer.model._resize_cache(_CACHED_WORDS)
+        if self._words is None and hasattr(tokenizer.model, "_resize_cache"):
+            splits = (state["pre_tokenizer"] or {"type": "Metaspace"})["type"] != "Metaspace"
+            tokenizer.model._resize_cache(_CACHED_WORDS if splits else 0)
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Encode many texts, nothing added around them."""
