@@ -8,6 +8,7 @@ sections mean is not known here: each room keeps the dataclass of what it config
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import os
 from collections.abc import Iterable, Mapping
@@ -50,6 +51,8 @@ class Settings:
 
         A name in `ALIASES` is understood alone or inside a section ("adapter.lora_alpha").
         """
+        if isinstance(value, datetime.date):  # what YAML makes of 2026-11-30; no field is anything but text
+            value = value.isoformat()
         leaf = path.rsplit(".", 1)[-1]
         if leaf in SWITCHES and _as_bool(value) is not None:
             if _as_bool(value) not in SWITCHES[leaf]:

@@ -12,8 +12,8 @@ import pytest
 
 NUM_ROWS, SETTLED = 40_000, 16_000
 GROWTH = 20 << 20
-"""Bytes from the 16,000th row to the 40,000th. Rows that are held take 1.5 KB each, a tokenizer that remembers
-whole texts five and more."""
+"""Bytes from the 16,000th row to the 40,000th. Rows that are held take 1.5 KB each, a tokenizer that
+remembers whole texts takes five and more."""
 
 CHILD = """
 import sys

@@ -28,6 +28,7 @@ from graft.data.report import Report
 from graft.data.sources import Source, name_of, source_files
 from graft.data.store import Store
 from graft.errors import DataError, StorageError
+from graft.kernels.cpu import library, words
 
 MIN_BYTES = 16 << 20
 """Smaller files are tokenized in seconds, and not kept."""
@@ -289,8 +290,9 @@ def _make_room(keep: Path) -> None:
 
 @functools.cache
 def _code() -> str:
-    """Digest of what turns rows into samples: this room, and the libraries it stands on."""
-    room = sorted(Path(__file__).parent.rglob("*.py"))
+    """Digest of what turns rows into samples: this room, the kernel it calls, the libraries below it."""
+    room = [*sorted(Path(__file__).parent.rglob("*.py")), Path(words.__file__)]
+    room += [] if library.problem() else [library.FILE]
     return files.sha256_json(
         [[version(name) for name in _LIBRARIES], [[file.name, files.sha256_file(file)] for file in room]]
     )

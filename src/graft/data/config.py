@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -88,6 +89,8 @@ class DataConfig:
     first."""
     train_on_last_turn: bool = False
     """Learn only the last of these messages of each conversation."""
+    date: str | None = None
+    """What chat templates that write the date take for today ("2026-11-30"); a run notes the day it began."""
 
     def __post_init__(self) -> None:
         check_parts(self.columns)
@@ -116,6 +119,7 @@ class DataConfig:
                 fix="0 makes each batch when it is wanted",
             )
         self._check_roles()
+        self._check_date()
         if self.limit is not None and self.limit < 1:
             raise ConfigError(
                 f"limit must be at least 1 row, got {self.limit}",
@@ -126,6 +130,22 @@ class DataConfig:
         self._check_prompts()
         self._check_mix()
         self._check_cleaning()
+
+    def _check_date(self) -> None:
+        if self.date is not None:
+            try:
+                datetime.date.fromisoformat(self.date)
+            except ValueError as error:
+                raise ConfigError(
+                    f"date must be a day, got {self.date!r}: {error}",
+                    where="data.date",
+                    fix='write "2026-11-30", or leave it out for the day the run begins',
+                ) from error
+
+    @property
+    def day(self) -> datetime.date | None:
+        """What templates take for today."""
+        return None if self.date is None else datetime.date.fromisoformat(self.date)
 
     def _check_places(self) -> None:
         for name in ("train", "eval", "chat_template", "cache"):

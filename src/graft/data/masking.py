@@ -10,13 +10,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 from graft.data.ahead import in_order
 from graft.data.batches import batches_of, refusal, texts_of
 from graft.data.chat.frames import Frames
-from graft.data.chat.templates import ChatTemplate
+from graft.data.chat.templates import ChatTemplate, writes_date
 from graft.data.chat.turns import Choice, Rendered, find_contents, find_turns, is_answer
 from graft.data.examples import Conversation, Example, Message, Pair, Text
 from graft.data.samples import (
@@ -69,6 +70,7 @@ class Encoder:
         loss_on: "completion" learns completions and answers, "all" every token; "auto" is completion
             where there is one and all for plain texts.
         choice: Which messages of a conversation are learned; the assistant's unless something is chosen.
+        day: What templates take for today; the day of each rendering if left out.
 
     Raises:
         DataError: The tokenizer is not a fast one.
@@ -81,21 +83,24 @@ class Encoder:
         chat_template: str | None = None,
         loss_on: LossOn = "auto",
         choice: Choice | None = None,
+        day: date | None = None,
     ) -> None:
         self.text = tokenizer if isinstance(tokenizer, TextEncoder) else TextEncoder(tokenizer)
         self.tokenizer = self.text.tokenizer
         self._source = chat_template
+        self._day = day
         self._loss_on = loss_on
         self._choice = choice or Choice()
         self._template: ChatTemplate | None = None
         self._frames: Frames | None = None
 
     def digest(self) -> str:
-        """SHA-256 over the tokenizer, the ids it puts around texts, the template and the words it knows."""
+        """SHA-256 over the tokenizer, the ids it puts around texts, the template, its words and its day."""
         text = self.text
         words = {name: str(word) for name, word in self.tokenizer.special_tokens_map.items()}
         template = self._source or self.tokenizer.chat_template
-        parts = [text.digest, text.bos_ids, text.eos_id, template, words]
+        day = str(self._day or date.today()) if writes_date(self.tokenizer, self._source) else None
+        parts = [text.digest, text.bos_ids, text.eos_id, template, words, day]
         return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()
 
     @property
@@ -111,7 +116,7 @@ class Encoder:
             DataError: There is none, or it is not a valid one.
         """
         if self._template is None:
-            self._template = ChatTemplate(self.tokenizer, self._source)
+            self._template = ChatTemplate(self.tokenizer, self._source, self._day)
         return self._template
 
     def prompt(self, prompt: str | Sequence[Message], tools: list[Any] | None = None) -> list[int]:

@@ -71,7 +71,7 @@ def make_encoder(tokenizer: Any, config: DataConfig) -> Encoder:
     """
     source = read_template(config.chat_template) if config.chat_template else None
     choice = Choice(tuple(config.train_on_roles), config.train_on_last_turn)
-    return Encoder(tokenizer, chat_template=source, loss_on=config.loss_on, choice=choice)
+    return Encoder(tokenizer, chat_template=source, loss_on=config.loss_on, choice=choice, day=config.day)
 
 
 def prepare(

@@ -14,8 +14,8 @@ from graft.kernels.cpu.words import Words
 MAX_CHARACTERS = 1 << 20
 """Of a text that is read here; a longer one is left to the tokenizer."""
 _CACHED_WORDS = 100_000
-"""That a tokenizer remembers: a tenth of its time. Without a pre-tokenizer a word is a whole text, and remembering
-those takes 200 MB for nothing."""
+"""That a tokenizer remembers: a tenth of its time. Without a pre-tokenizer a word is a whole text, and to
+remember those takes 200 MB for nothing."""
 
 
 class WordEncoder:

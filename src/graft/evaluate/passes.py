@@ -77,7 +77,9 @@ class Task:
         Raises:
             DataError: A row is wrong, or too long, and the data section says to stop then.
         """
-        encoder = Encoder(self.tokenizer, chat_template=self.template, loss_on=loss_on, choice=choice)
+        encoder = Encoder(
+            self.tokenizer, chat_template=self.template, loss_on=loss_on, choice=choice, day=self.data.day
+        )
         encoded = encoder.encode(examples.values(), max_length, self.data.on_overlong)
         for place, found in zip(examples, encoded, strict=True):
             if not isinstance(found, Rejected):

@@ -23,6 +23,7 @@ from graft.models.architecture import read_config
 from graft.models.classifier import is_classifier
 from graft.models.load import BaseModel, load, resolve
 from graft.models.packed import stored_method
+from graft.models.tokenizer import load_tokenizer
 from graft.runs import RunDirectory
 from graft.training.changes import allow, configure
 from graft.training.checkpoint import newest_checkpoint
@@ -35,6 +36,7 @@ from graft.training.inputs import (
     attach_adapter,
     check_labels,
     check_places,
+    dated,
     load_base,
     prepare_data,
     rooted,
@@ -90,7 +92,9 @@ def run_from_config(config: RunConfig, monitor: Monitor | None = None) -> Run:
             check_dense_base(config, path)
             model_config = read_config(path)
             config = within_context(config, model_config, monitor)
-            train_data, eval_data = prepare_data(config, monitor, quarantine=quarantine)
+            tokenizer = load_tokenizer(config.model.name, config.model.revision)
+            config = dated(config, tokenizer)
+            train_data, eval_data = prepare_data(config, monitor, tokenizer, quarantine=quarantine)
             base = load_base(config, monitor, train_data.labels)
             attach_adapter(base, config, train_data, monitor)
         return _run(base, config, train_data, eval_data, monitor, quarantine)
@@ -243,6 +247,7 @@ def train(
     config = within_context(config, base.model.config, monitor)
     with Quarantine() as quarantine:
         with stop_at_once(*BEFORE_TRAINING):
+            config = dated(config, base.tokenizer)
             train_set, eval_set = prepare_data(
                 config, monitor, base.tokenizer, given=given, quarantine=quarantine
             )

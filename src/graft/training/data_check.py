@@ -18,7 +18,7 @@ from graft.models.locate import resolve
 from graft.models.tokenizer import load_tokenizer
 from graft.training.choices import loader_of, sample_kind
 from graft.training.config import RunConfig
-from graft.training.inputs import prepare_data, rooted, within_context
+from graft.training.inputs import dated, prepare_data, rooted, within_context
 from graft.training.monitors import Silent
 
 Progress = Callable[[str], Callable[[int, int], None]]
@@ -68,7 +68,8 @@ def check_data(config: RunConfig, progress: Progress | None = None) -> Checked:
     config = rooted(config)
     model_config = read_config(resolve(config.model.name, config.model.revision))
     config = within_context(config, model_config, Silent())
-    text = TextEncoder(load_tokenizer(config.model.name, config.model.revision))
+    tokenizer = load_tokenizer(config.model.name, config.model.revision)
+    config, text = dated(config, tokenizer), TextEncoder(tokenizer)
     datasets, config, error = _prepared(config, text)
     encoder = make_encoder(text, config.data)
     facts = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from graft.adapters.selected import selection_of
 from graft.adapters.settings import DATA, RANDOM
 from graft.adapters.starts import SUBTRACTED, stored_starts
 from graft.adapters.targets import select_targets
+from graft.data.chat.templates import read_template, writes_date
 from graft.data.classes import ClassReader
 from graft.data.filters.cleaning import Cleaning
 from graft.data.loader import Batch
@@ -80,6 +82,25 @@ def _rooted_mix(config: RunConfig) -> dict[str, float | None]:
             )
         found[place] = weight
     return found
+
+
+def dated(config: RunConfig, tokenizer: Any) -> RunConfig:
+    """With today's date where the chat template writes one: texts are the same when it is resumed.
+
+    Raises:
+        ConfigError: A date is given, and the template writes none.
+        DataError: The template file is no template.
+        StorageError: The template file cannot be read.
+    """
+    data = config.data
+    if not writes_date(tokenizer, read_template(data.chat_template) if data.chat_template else None):
+        if data.date is not None:
+            raise ConfigError(
+                "the chat template writes no date", where="data.date", fix="leave data.date out"
+            )
+        return config
+    day = data.date or str(datetime.date.today())
+    return dataclasses.replace(config, data=dataclasses.replace(data, date=day))
 
 
 def check_places(config: RunConfig) -> None:

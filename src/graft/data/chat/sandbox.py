@@ -11,7 +11,7 @@ Source: transformers `chat_template_utils.py` for what templates may use; the Ji
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime
+from datetime import date, datetime, time
 from typing import Any
 
 import jinja2
@@ -52,6 +52,9 @@ _ORDERED = frozenset(
 class Environment(ImmutableSandboxedEnvironment):
     """A sandbox whose templates are charged for their work.
 
+    Args:
+        day: What templates take for today; the day of each rendering if left out.
+
     Attributes:
         meter: The budget; `Meter.start` is called before each rendering.
         common: What every template finds.
@@ -61,8 +64,9 @@ class Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("+", "*", "**", "%"))
     code_generator_class: type[CodeGenerator]
 
-    def __init__(self) -> None:
+    def __init__(self, day: date | None = None) -> None:
         self.meter = Meter()
+        self._day = day
         self.pieces: list[str] | None = None
         self.spans: list[tuple[int, int]] = []
         super().__init__(
@@ -175,7 +179,8 @@ class Environment(ImmutableSandboxedEnvironment):
 
     def _strftime(self, format: str) -> str:
         budget.printf(self.meter, format, [])
-        return datetime.now().strftime(format)
+        now = datetime.now() if self._day is None else datetime.combine(self._day, time())
+        return now.strftime(format)
 
 
 def render(template: jinja2.Template, values: dict[str, Any], spans: list[tuple[int, int]] | None) -> str:

@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +65,31 @@ def read_template(path: str | Path) -> str:
     return _without_indentation(source)
 
 
+def writes_date(tokenizer: Any, source: str | None = None) -> bool:
+    """Whether a chat template asks what day it is.
+
+    Args:
+        tokenizer: Its own template counts, or any of several.
+        source: The template's text, to use instead.
+    """
+    own = tokenizer.chat_template
+    sources = [source] if source is not None else list(own.values()) if isinstance(own, dict) else [own]
+    return any("strftime_now" in each for each in sources if each)
+
+
 class ChatTemplate:
     """A chat template bound to a tokenizer.
 
     Args:
         tokenizer: Renders; its own template is used unless another is given.
         source: The template's text, to use instead.
+        day: What it takes for today; the day of each rendering if left out.
 
     Raises:
         DataError: There is no template, or it is not a valid one.
     """
 
-    def __init__(self, tokenizer: Any, source: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, source: str | None = None, day: date | None = None) -> None:
         if source is None and not tokenizer.chat_template:
             raise DataError(
                 "the tokenizer has no chat template, so messages cannot be rendered",
@@ -86,7 +100,8 @@ class ChatTemplate:
         self._choose = None if source is not None else tokenizer.get_chat_template
         self.source: str = source if source is not None else tokenizer.get_chat_template()
         self._words: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        self._compiled = {self.source: _compiled(self.source, where)}
+        self._day = day
+        self._compiled = {self.source: _compiled(self.source, where, day)}
         self._lock = threading.RLock()
         self.has_marks = _MARK.search(self.source) is not None
 
@@ -158,7 +173,7 @@ class ChatTemplate:
         """The compiled template; a tokenizer may have another one for conversations with tools."""
         source = self._choose(None, tools) if self._choose is not None and tools else self.source
         if source not in self._compiled:
-            self._compiled[source] = _compiled(source, "the tokenizer's chat template")
+            self._compiled[source] = _compiled(source, "the tokenizer's chat template", self._day)
         return self._compiled[source]
 
 
@@ -212,11 +227,11 @@ def _check_syntax(source: str, where: str) -> None:
         _parse(source)
 
 
-def _compiled(source: str, where: str) -> jinja2.Template:
+def _compiled(source: str, where: str, day: date | None) -> jinja2.Template:
     if len(source) > MAX_TEMPLATE_BYTES:
         raise DataError(f"the template is larger than {MAX_TEMPLATE_BYTES:,} bytes", where=where)
     with _refusing(where):
-        return sandbox.Environment().compiled(source)
+        return sandbox.Environment(day).compiled(source)
 
 
 @contextmanager
