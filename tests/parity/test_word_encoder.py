@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence, Split
 
-from graft.data.encodings import Listed, Whole
+from graft.data.encodings import Placed, Whole
 from graft.data.vocabulary import PATTERNS, Pattern, vocabulary_of
 from graft.data.word_encoder import MAX_CHARACTERS, WordEncoder
 from graft.kernels.cpu import library
@@ -158,7 +158,7 @@ def compare(tokenizer: Tokenizer, encoder: WordEncoder, texts: list[str]) -> int
         assert (ours.ids, list(ours.starts)) == (theirs.ids, starts), repr(text)
         for place in (0, 1, len(text) // 3, len(text) // 2, len(text), len(text) + 1):
             assert ours.before(place) == sum(start < place for start in starts)
-    return sum(isinstance(ours, Listed) for ours in found)
+    return sum(isinstance(ours, Placed) for ours in found)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -231,6 +231,6 @@ def test_long_texts_and_long_words_are_left_to_the_tokenizer(shared: Path) -> No
     encoder = WordEncoder(tokenizer)
     texts = ["a b", "x" * 5_000, "word " * (MAX_CHARACTERS // 5 + 1), "x" * 3_000]
     found = encoder.encode(texts)
-    assert [type(each) for each in found] == [Listed, Whole, Whole, Listed]
+    assert [type(each) for each in found] == [Placed, Whole, Whole, Placed]
     expected = tokenizer.encode_batch(texts, add_special_tokens=False)
     assert [each.ids for each in found] == [each.ids for each in expected]

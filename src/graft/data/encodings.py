@@ -25,7 +25,7 @@ class Encoded(Protocol):
         ...
 
 
-class Listed:
+class Placed:
     """Tokens whose places are known.
 
     Args:

@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from graft.data.encodings import Encoded, Listed, Whole
+from graft.data.encodings import Encoded, Placed, Whole
 from graft.data.word_encoder import WordEncoder
 from graft.errors import DataError
 
@@ -179,7 +179,7 @@ class TextEncoder:
                 starts += [edge + at for at in tail_starts]
                 base = edge
             counts[edge] = count
-        return Apart(Listed(ids, starts), counts)
+        return Apart(Placed(ids, starts), counts)
 
     def _following(self, text: str) -> tuple[list[int], Sequence[int]]:
         """The ids of a text that stands in the middle of another, and where each begins in it.

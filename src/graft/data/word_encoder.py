@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from graft.data.encodings import Encoded, Listed, Whole
+from graft.data.encodings import Encoded, Placed, Whole
 from graft.data.vocabulary import left_texts, vocabulary_of
 from graft.kernels.cpu import library
 from graft.kernels.cpu.words import Words
@@ -58,7 +58,7 @@ class WordEncoder:
         begin = 0
         for index, end, done in zip(chosen, read.ends, read.done, strict=True):
             if done:
-                found[index] = Listed(ids[begin:end], starts[begin:end])
+                found[index] = Placed(ids[begin:end], starts[begin:end])
             begin = end
 
     def _may_be_read(self, text: str) -> bool:

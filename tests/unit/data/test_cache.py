@@ -403,14 +403,17 @@ def test_notes_about_other_evaluation_data_are_not_told_again(
 
 def test_rows_left_out_are_known_from_the_cache(data: Path, tokenizer: Any, tmp_path: Path) -> None:
     data.write_text(data.read_text() + "not json\n" + '{"prompt": 1, "completion": "a"}\n')
-    found = []
+    found, reports = [], []
     for _ in range(2):
         with Quarantine() as quarantine:
-            prepare(str(data), tokenizer, settings(tmp_path, skip_invalid=True), quarantine=quarantine)
+            made = prepare(str(data), tokenizer, settings(tmp_path, skip_invalid=True), quarantine=quarantine)
+            reports.append(made.report)
             quarantine.save(tmp_path / "left.jsonl")
             found.append((quarantine.count, (tmp_path / "left.jsonl").read_text()))
     assert found[0] == found[1]
     assert found[0][0] == 2
+    assert reports[0] == reports[1]
+    assert len(reports[0].rejected) == 2
 
 
 def test_memory_does_not_follow_the_number_of_rows(

@@ -51,6 +51,14 @@ def test_the_order_follows_from_seed_and_epoch() -> None:
     assert order(plain, 0) == order(plain, 1) == [[i] for i in range(16)]
 
 
+def test_packed_rows_have_another_order_in_each_epoch() -> None:
+    """No two of these samples fit into one row, and packing puts the longest first."""
+    loader = Loader(samples(*range(33, 65)), 2, 64, packing=True)
+    orders = [order(loader, epoch) for epoch in (0, 1)]
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == [[i] for i in range(32)]
+
+
 def test_packing_in_shuffled_epochs_changes_the_company() -> None:
     loader = Loader(samples(*[3] * 40), 1, 6, packing=True)
     company = [{frozenset(row) for row in order(loader, epoch)} for epoch in (0, 1)]

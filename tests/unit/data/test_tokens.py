@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from graft.data.encodings import Listed, Whole
+from graft.data.encodings import Placed, Whole
+from graft.data.masking import Encoder
 from graft.data.tokens import TextEncoder, private_character
 from graft.data.word_encoder import WordEncoder
 from graft.errors import DataError
@@ -134,6 +136,21 @@ def test_the_word_encoder_is_made_once_it_pays(shared: Path) -> None:
     encoder = TextEncoder(AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2"))
     text = "some words of a text that is read again and again. " * 2_000
     kinds = [type(encoder.encode([text])[0]) for _ in range(12)]
-    change = kinds.index(Listed)
-    assert kinds == [Whole] * change + [Listed] * (12 - change)
+    change = kinds.index(Placed)
+    assert kinds == [Whole] * change + [Placed] * (12 - change)
     assert 50_257 * 20 < change * len(text) < 50_257 * 20 + 2 * len(text)
+
+
+def test_what_stands_around_texts_is_in_the_digest() -> None:
+    """Two tokenizers of one vocabulary that begin or end texts otherwise make other samples."""
+    digests = set()
+    for bos, eos in ((None, "</s>"), (None, "<s>"), ("<s>", "</s>")):
+        tokenizer = build("bpe")
+        tokenizer.eos_token = eos
+        if bos:
+            tokenizer.add_bos_token, tokenizer.bos_token = True, bos
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+                single=f"{bos} $A", special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))]
+            )
+        digests.add(Encoder(tokenizer).digest())
+    assert len(digests) == 3
