@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from graft.data.chat import frames
+from graft.data.chat import frames, rendering
 from graft.data.chat.templates import read_template
 from graft.data.chat.turns import Choice
 from graft.data.examples import Conversation, Pair
@@ -118,14 +118,15 @@ def test_the_quick_way_gives_what_the_exact_way_gives(
     assert quick_way == exact
 
 
-def test_the_quick_way_is_taken(shared: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from graft.data import masking
-
+@pytest.mark.parametrize("name", NAMES)
+def test_the_quick_way_is_taken(
+    name: str, shared: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     exact = []
-    find = masking.find_turns
-    monkeypatch.setattr(masking, "find_turns", lambda *args: exact.append(args[1].where) or find(*args))
-    rows = [chat_of("Be brief.", [f"question {n}", f"answer {n}"], {}, n) for n in range(600)]
-    assert len(list(encoder_of(tokenizer, source_of(shared, "qwen2.5-instruct")).encode(rows, 1000))) == 600
+    find = rendering.find_turns
+    monkeypatch.setattr(rendering, "find_turns", lambda *args: exact.append(args[1].where) or find(*args))
+    rows = [chat_of(None, [f"question {n}", f"answer {n}"], {}, n) for n in range(600)]
+    assert len(list(encoder_of(tokenizer, source_of(shared, name)).encode(rows, 1000))) == 600
     assert exact == ["rows:0", "rows:1", "rows:2"]
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from graft.config import closest, did_you_mean
 from graft.data.columns import check_parts
-from graft.data.examples import ROLES
+from graft.data.conversations import ROLES
 from graft.data.filters.findings import SCRIPTS, Finding
 from graft.data.prompts import FORMATS, PromptTemplate
 from graft.errors import ConfigError

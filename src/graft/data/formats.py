@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from graft.data.conversations import read_alpaca, read_messages, read_sharegpt
 from graft.data.examples import (
     Conversation,
     Example,
@@ -16,9 +17,6 @@ from graft.data.examples import (
     column_text,
     plain_pair,
     plain_prompt,
-    read_alpaca,
-    read_messages,
-    read_sharegpt,
 )
 from graft.data.prompts import PromptTemplate, completion_of
 from graft.data.sources import Row

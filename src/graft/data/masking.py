@@ -11,12 +11,11 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
-from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 from graft.data.ahead import in_order
 from graft.data.batches import batches_of, refusal, texts_of
-from graft.data.chat.frames import Frames
+from graft.data.chat.rendering import Renderer
 from graft.data.chat.templates import ChatTemplate, writes_date
 from graft.data.chat.turns import Choice, Rendered, find_contents, find_turns, is_answer
 from graft.data.examples import Conversation, Example, Message, Pair, Text
@@ -87,26 +86,24 @@ class Encoder:
     ) -> None:
         self.text = tokenizer if isinstance(tokenizer, TextEncoder) else TextEncoder(tokenizer)
         self.tokenizer = self.text.tokenizer
-        self._source = chat_template
-        self._day = day
         self._loss_on = loss_on
         self._choice = choice or Choice()
-        self._template: ChatTemplate | None = None
-        self._frames: Frames | None = None
+        self._day = day
+        self._renderer = Renderer(self.text, chat_template, self._choice, day)
 
     def digest(self) -> str:
         """SHA-256 over the tokenizer, the ids it puts around texts, the template, its words and its day."""
         text = self.text
         words = {name: str(word) for name, word in self.tokenizer.special_tokens_map.items()}
-        template = self._source or self.tokenizer.chat_template
-        day = str(self._day or date.today()) if writes_date(self.tokenizer, self._source) else None
+        template = self._renderer.source
+        day = str(self._day or date.today()) if writes_date(template) else None
         parts = [text.digest, text.bos_ids, text.eos_id, template, words, day]
         return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()
 
     @property
     def has_template(self) -> bool:
         """Whether messages can be rendered."""
-        return bool(self._source or self.tokenizer.chat_template)
+        return bool(self._renderer.source)
 
     @property
     def template(self) -> ChatTemplate:
@@ -115,9 +112,7 @@ class Encoder:
         Raises:
             DataError: There is none, or it is not a valid one.
         """
-        if self._template is None:
-            self._template = ChatTemplate(self.tokenizer, self._source, self._day)
-        return self._template
+        return self._renderer.template
 
     def prompt(self, prompt: str | Sequence[Message], tools: list[Any] | None = None) -> list[int]:
         """The ids to generate from: a plain prompt, or messages that ask for an answer.
@@ -133,7 +128,7 @@ class Encoder:
         text = self.template.render(messages, tools, ask=True)
         history = Conversation(messages, "", tools)
         edges = find_turns(self.template, history).prompts if any(map(is_answer, messages)) else []
-        marked = self._marked(Rendered(text, [], edges))
+        marked = self._renderer.marked(Rendered(text, [], edges))
         return self.text.encode_apart([(marked.text, marked.prompts)])[0].ids
 
     def end_of_turn_ids(self) -> list[int]:
@@ -191,15 +186,14 @@ class Encoder:
     def _cut(self, conversation: Conversation, index: int, max_length: int) -> Draft | None:
         """A conversation without the begin of one message, as short as asked; None where that cannot be."""
         if any(map(self.text.spells_control, texts_of(conversation))):
-            messages, tools = self.text.quote_controls([conversation.messages, conversation.tools])
-            conversation = replace(conversation, messages=messages, tools=tools)
-        found = self._exact(conversation)
+            conversation = self._renderer.quoted(conversation)
+        found = self._renderer.exact(conversation)
         if is_answer(conversation.messages[index]):
             return None
         spans = find_contents(self.template, found.text, conversation, [index])
         if not spans:
             return None
-        chat = self._marked(Rendered(found.text, [*spans, *found.turns], found.prompts))
+        chat = self._renderer.marked(Rendered(found.text, [*spans, *found.turns], found.prompts))
         (begin, end), turns = chat.turns[0], chat.turns[1:]
         (apart,) = self.text.encode_apart([(chat.text, self._edges(replace(chat, turns=turns)))])
         first, last = apart.before(begin), apart.before(end)
@@ -230,7 +224,7 @@ class Encoder:
             if not isinstance(example, Conversation):
                 begun.plain[index] = example
                 continue
-            found = self._render(example, quoting=index in begun.spelling)
+            found = self._renderer.render(example, quoting=index in begun.spelling)
             if isinstance(found, Rejected):
                 begun.rejected[index] = found
             else:
@@ -260,44 +254,6 @@ class Encoder:
         message = next(index for index, learned in example.flags.items() if not learned)
         reason = f"message {message + 1} is not to be learned, and data.loss_on is all"
         return Rejected(example.where, reason, "leave out one of them", invalid=True)
-
-    def _render(self, conversation: Conversation, *, quoting: bool) -> Rendered | Rejected:
-        where = conversation.where
-        try:
-            if quoting:
-                messages, tools = self.text.quote_controls([conversation.messages, conversation.tools])
-                quoted = replace(conversation, messages=messages, tools=tools)
-                found = self._marked(self._exact(quoted))
-            else:
-                found = self._frames_of_template().find(conversation)
-        except DataError as error:
-            return Rejected(error.where or where, error.what, error.fix, invalid=True)
-        if not found.turns:
-            return Rejected(where, self._nothing())
-        return found
-
-    def _exact(self, conversation: Conversation) -> Rendered:
-        return find_turns(self.template, conversation, self._choice)
-
-    def _frames_of_template(self) -> Frames:
-        if self._frames is None:
-            self._frames = Frames(self.template, self.text, self._exact, self._marked)
-        return self._frames
-
-    def _nothing(self) -> str:
-        if self._choice.roles == ("assistant",):
-            return "nothing to learn: no answer of the assistant holds text"
-        return f"nothing to learn: no message of {', '.join(self._choice.roles)} holds text"
-
-    def _marked(self, found: Rendered) -> Rendered:
-        """The same places in the text whose control tokens count."""
-        places = {0, len(found.text), *found.prompts, *(place for turn in found.turns for place in turn)}
-        cuts = sorted(places)
-        pieces = [self.text.mark_controls(found.text[a:b]) for a, b in pairwise(cuts)]
-        ends = accumulate((len(piece) for piece in pieces), initial=0)
-        place = dict(zip(cuts, ends, strict=True))
-        turns = [(place[begin], place[end]) for begin, end in found.turns]
-        return Rendered("".join(pieces), turns, [place[edge] for edge in found.prompts])
 
     def _chat_drafts(self, chats: Sequence[Rendered], encodings: Sequence[Any]) -> Iterator[Draft]:
         texts = [(chat.text, self._edges(chat)) for chat in chats]

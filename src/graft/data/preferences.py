@@ -14,16 +14,8 @@ from typing import Any
 
 from graft.data.columns import check_used
 from graft.data.config import DataConfig
-from graft.data.examples import (
-    FLAGS,
-    Conversation,
-    Message,
-    column_text,
-    continued,
-    history_of,
-    plain_pair,
-    read_alpaca,
-)
+from graft.data.conversations import FLAGS, continued, history_of, read_alpaca
+from graft.data.examples import Conversation, Message, column_text, plain_pair
 from graft.data.filters.cleaning import Cleaning
 from graft.data.filters.content import DIGEST_BYTES, Content, content_of
 from graft.data.formats import PROMPTS, Example, Pair

@@ -93,7 +93,7 @@ def dated(config: RunConfig, tokenizer: Any) -> RunConfig:
         StorageError: The template file cannot be read.
     """
     data = config.data
-    if not writes_date(tokenizer, read_template(data.chat_template) if data.chat_template else None):
+    if not writes_date(read_template(data.chat_template) if data.chat_template else tokenizer.chat_template):
         if data.date is not None:
             raise ConfigError(
                 "the chat template writes no date", where="data.date", fix="leave data.date out"

@@ -65,15 +65,13 @@ def read_template(path: str | Path) -> str:
     return _without_indentation(source)
 
 
-def writes_date(tokenizer: Any, source: str | None = None) -> bool:
+def writes_date(source: Any) -> bool:
     """Whether a chat template asks what day it is.
 
     Args:
-        tokenizer: Its own template counts, or any of several.
-        source: The template's text, to use instead.
+        source: Its text, or what a tokenizer has: several texts by their names, or None.
     """
-    own = tokenizer.chat_template
-    sources = [source] if source is not None else list(own.values()) if isinstance(own, dict) else [own]
+    sources = source.values() if isinstance(source, dict) else [source]
     return any("strftime_now" in each for each in sources if each)
 
 
