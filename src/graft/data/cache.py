@@ -118,15 +118,20 @@ class Entry:
     def held(self, listener: Listener) -> Iterator[None]:
         """Keep other processes from making the same entry meanwhile.
 
+        A cache that may only be read is used as it is, if it has the entry.
+
         Raises:
-            StorageError: The cache cannot be written.
+            StorageError: The cache cannot be written, and does not have the entry.
         """
         root = self.path.parent
+        if self.path.exists() and not _writable(root):
+            yield
+            return
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             files.refuse(error, root, None, "tokens cannot be kept", _ELSEWHERE)
-        if not os.access(root, os.W_OK | os.X_OK):
+        if not _writable(root):
             denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             files.refuse(denied, root, None, "tokens cannot be kept", _ELSEWHERE)
         waiting = "waiting: another process prepares the same data"
@@ -196,12 +201,19 @@ class Entry:
             return None
         found = self._described()
         if found is None or not self._is_whole(found):
+            if not _writable(self.path.parent):
+                raise StorageError(
+                    "the kept tokens are damaged, and the cache may only be read",
+                    where=str(self.path),
+                    fix=_ELSEWHERE,
+                )
             files.remove_directory(self.path)
             return None
         report = Report(**found["report"])
         report.rejected = [(where, reason) for where, reason in report.rejected]
         with files.refusing(self.path, 0):
-            os.utime(self.path / _DESCRIPTION)
+            if _writable(self.path.parent):
+                os.utime(self.path / _DESCRIPTION)
             remarks = [tuple(each) for each in found["remarks"]]
             store = Store.opened(self.path, found["token_dtype"], remarks, report.path)
         if quarantine is not None and (self.path / _QUARANTINE).exists():
@@ -228,6 +240,10 @@ def _stamp(path: Path) -> tuple[int, int]:
     with files.refusing(path, 0):
         found = path.stat()
     return found.st_mtime_ns, found.st_size
+
+
+def _writable(directory: Path) -> bool:
+    return os.access(directory, os.W_OK | os.X_OK)
 
 
 def _size(path: Path) -> int:

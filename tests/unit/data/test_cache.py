@@ -265,6 +265,24 @@ def test_a_cache_that_cannot_be_written_says_which_setting_names_it(
     assert "data.cache" in caught.value.fix
 
 
+def test_a_cache_that_may_only_be_read_is_used(
+    data: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = prepare(str(data), tokenizer, settings(tmp_path))
+    (entry,) = entries(tmp_path)
+    before = {file: file.stat().st_mtime_ns for file in [entry.parent, *entry.iterdir()]}
+    monkeypatch.setattr(cache, "_writable", lambda directory: False)  # root may write everywhere
+    assert content(prepare(str(data), tokenizer, settings(tmp_path))) == content(made)
+    assert {file: file.stat().st_mtime_ns for file in [entry.parent, *entry.iterdir()]} == before
+    with pytest.raises(StorageError, match="tokens cannot be kept"):
+        prepare(str(data), tokenizer, settings(tmp_path, limit=5))
+    (entry / "dataset.json").write_text("{")
+    with pytest.raises(StorageError, match="damaged, and the cache may only be read") as caught:
+        prepare(str(data), tokenizer, settings(tmp_path))
+    assert "data.cache" in caught.value.fix
+    assert entry.exists()
+
+
 def _work(path: str, model: str, place: str, start: Any, found: Any) -> None:
     cache.MIN_BYTES = 1
     start.wait()
