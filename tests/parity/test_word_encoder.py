@@ -22,6 +22,7 @@ from graft.kernels.cpu import library
 CONTROLS = ["\U000f0000", "\U000f0001"]
 TEXT_OF = {kind: text for text, kind in PATTERNS.items()}
 LLAMA3, QWEN2 = TEXT_OF[Pattern.LLAMA3], TEXT_OF[Pattern.QWEN2]
+TOOL = AddedToken("<tool>", normalized=False)
 BYTES = ByteLevel(add_prefix_space=False, use_regex=False)
 GPT2 = ByteLevel(add_prefix_space=False)
 DIGITS = Digits(individual_digits=True)
@@ -63,7 +64,12 @@ def pieces(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     return vocab, merges
 
 
-def by_bytes(shared: Path, splits: Any, normalizer: Any = None, *, plain: str = "") -> Tokenizer:
+def cut_short(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.enable_truncation(3)
+    return tokenizer
+
+
+def by_bytes(shared: Path, splits: Any, normalizer: Any = None, *, plain: Any = ()) -> Tokenizer:
     model = gpt2(shared)
     made = Tokenizer(models.BPE(model["vocab"], [tuple(merge.split(" ")) for merge in model["merges"]]))
     made.pre_tokenizer = splits
@@ -71,7 +77,7 @@ def by_bytes(shared: Path, splits: Any, normalizer: Any = None, *, plain: str = 
         made.normalizer = normalizer
     made.add_special_tokens([AddedToken(char, normalized=False, special=True) for char in CONTROLS])
     if plain:
-        made.add_tokens([AddedToken(plain, normalized=False)])
+        made.add_tokens(plain if isinstance(plain, list) else [plain])
     return made
 
 
@@ -82,7 +88,9 @@ def of_llama3(shared: Path) -> Tokenizer:
     return made
 
 
-def by_pieces(shared: Path, name: str, normalizer: Any = None, splits: Any = None, **model: Any) -> Tokenizer:
+def by_pieces(
+    shared: Path, name: str, normalizer: Any = None, splits: Any = None, plain: Any = None, **model: Any
+) -> Tokenizer:
     vocab, merges = pieces(shared / "tokenizers" / name)
     given = {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, **model}
     made = Tokenizer(models.BPE(vocab, merges, **given))
@@ -91,6 +99,8 @@ def by_pieces(shared: Path, name: str, normalizer: Any = None, splits: Any = Non
     if splits:
         made.pre_tokenizer = splits
     made.add_special_tokens([AddedToken(char, normalized=False, special=True) for char in CONTROLS])
+    if plain:
+        made.add_tokens([plain])
     return made
 
 
@@ -99,11 +109,17 @@ MODEL, MISTRAL = "llama2/tokenizer.model", "mistral/tokenizer.model.v1"
 CASES: dict[str, Callable[[Path], Tokenizer]] = {
     "gpt2": lambda shared: by_bytes(shared, GPT2),
     "gpt2, digits alone": lambda shared: by_bytes(shared, Sequence([DIGITS, GPT2])),
-    "gpt2, with an added token": lambda shared: by_bytes(shared, GPT2, plain="<tool>"),
+    "gpt2, with an added token": lambda shared: by_bytes(
+        shared, GPT2, plain=[TOOL, AddedToken("<tool>>", normalized=False)]
+    ),
     "llama 3's pattern": lambda shared: by_bytes(shared, Sequence([split(LLAMA3), BYTES])),
     "llama 3": of_llama3,
     "qwen 2's pattern": lambda shared: by_bytes(shared, Sequence([split(QWEN2), BYTES]), normalizers.NFC()),
     "qwen 2's, digits alone": lambda shared: by_bytes(shared, Sequence([DIGITS, split(QWEN2), BYTES])),
+    "qwen 2's, with an added token": lambda shared: by_bytes(
+        shared, Sequence([split(QWEN2), BYTES]), normalizers.NFC(), plain=TOOL
+    ),
+    "llama 2, with an added token": lambda shared: by_pieces(shared, MODEL, FRONTED, plain=TOOL),
     "llama 2": lambda shared: by_pieces(shared, MODEL, FRONTED),
     "llama 2, no mark": lambda shared: by_pieces(shared, MODEL, SPACES),
     "llama 2, some unknown": lambda shared: by_pieces(shared, MODEL, FRONTED, byte_fallback=False),
@@ -130,13 +146,23 @@ OTHERS: dict[str, Callable[[Path], Tokenizer]] = {
     "something else is replaced": lambda shared: by_pieces(
         shared, MODEL, normalizers.Sequence([normalizers.Replace("``", '"'), SPACES])
     ),
+    "merges passed over": lambda shared: by_pieces(shared, MODEL, FRONTED, ignore_merges=True),
+    "a normal form of added tokens": lambda shared: by_bytes(
+        shared, GPT2, normalizers.NFC(), plain=AddedToken("<é>", normalized=True)
+    ),
+    "added tokens in two passes": lambda shared: by_bytes(
+        shared, GPT2, plain=[AddedToken("<a>", normalized=True), AddedToken("<a><b>", normalized=False)]
+    ),
+    "nothing splits": lambda shared: by_bytes(shared, Sequence([])),
+    "something around texts": lambda shared: cut_short(by_bytes(shared, GPT2)),
     "tokens at random": lambda shared: by_pieces(shared, MODEL, FRONTED, dropout=0.1),
 }
 
 ODD = [
-    "'s", "'S", "'RE", "'re", "'ll", "'lL", "'ſ", "''", "123", "1", "45678", "²", "½", "Ⅷ", "٣", "!?", "...",
-    "(", "_", "é", "e\u0301", "ß", "ſ", "İ", "日本語", "한국", "ᄀ\u1161\u11a8", "😀", "👩\u200d👩\u200d👧",
-    "\u200b", "\u0301", "नमस्ते", "\x1c", "\0", "▁", "<0x0A>", "<tool>", "the", "Hello", "world", "x" * 70,
+    "'s", "'S", "'RE", "'re", "'ll", "'lL", "'ſa", "''", "123", "1", "45678", "²", "½", "Ⅷ", "٣", "!?", "...",
+    "(", "_", "é", "e\u0301", "ß", "ſ", "İ", "日本語", "한국", "ᄀ\u1161\u11a8", "\u09c7\u09be", "😀",
+    "👩\u200d👩\u200d👧", "\u200b", "\u0301", "नमस्ते", "\x1c", "\0", "▁", "<0x0A>", "<tool>", "<tool>>", "the",
+    "Hello", "world", "x" * 70,
 ]  # fmt: skip
 TEXTS = st.lists(
     st.one_of(
@@ -229,8 +255,49 @@ def test_more_words_than_are_remembered(shared: Path) -> None:
 def test_long_texts_and_long_words_are_left_to_the_tokenizer(shared: Path) -> None:
     tokenizer = by_bytes(shared, GPT2)
     encoder = WordEncoder(tokenizer)
-    texts = ["a b", "x" * 5_000, "word " * (MAX_CHARACTERS // 5 + 1), "x" * 3_000]
+    texts = ["a b", "x" * 600, "word " * (MAX_CHARACTERS // 5 + 1), "x" * 500]
     found = encoder.encode(texts)
     assert [type(each) for each in found] == [Placed, Whole, Whole, Placed]
     expected = tokenizer.encode_batch(texts, add_special_tokens=False)
     assert [each.ids for each in found] == [each.ids for each in expected]
+
+
+def by_hand(merges: list[tuple[str, str]], pieces: list[str], **model: Any) -> Tokenizer:
+    """A vocabulary of bytes, a few letters and what the merges make."""
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abc", *pieces]
+    vocab = {name: id for id, name in enumerate(names)}
+    made = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, **model))
+    made.normalizer = SPACES
+    return made
+
+
+@pytest.mark.parametrize("pair", [("a", "<0x0A>"), ("<0x0A>", "<0x0A>"), ("▁", "<0x0A>")])
+def test_merges_of_bytes_are_the_tokenizers_own_affair(pair: tuple[str, str]) -> None:
+    tokenizer = by_hand([pair], ["".join(pair)])
+    assert compare(tokenizer, WordEncoder(tokenizer), ["a\nb", "a \n\n"]) == 0
+
+
+def test_a_vocabulary_that_lacks_a_byte_knows_only_its_characters() -> None:
+    whole = json.loads(by_hand([("a", "b")], ["ab"]).to_str())
+    del whole["model"]["vocab"]["<0x0A>"]
+    tokenizer = Tokenizer.from_str(json.dumps(whole))
+    assert compare(tokenizer, WordEncoder(tokenizer), ["ab c", "a\nb", "\n\n"]) == 1
+
+
+def test_ids_that_no_kernel_can_hold_are_the_tokenizers_own_affair() -> None:
+    whole = json.loads(by_hand([("a", "b")], ["ab"]).to_str())
+    whole["model"]["vocab"]["ab"] = 1 << 31
+    assert vocabulary_of(whole) is None
+
+
+def test_a_field_of_a_model_that_nobody_knows_is_respected() -> None:
+    whole = json.loads(by_hand([("a", "b")], ["ab"]).to_str())
+    assert vocabulary_of(whole) is not None
+    whole["model"]["merges_backwards"] = True
+    assert vocabulary_of(whole) is None
+
+
+def test_a_character_that_stands_for_an_added_token_is_none_itself(shared: Path) -> None:
+    tokenizer = by_bytes(shared, GPT2, plain=TOOL)
+    encoder = WordEncoder(tokenizer)
+    assert compare(tokenizer, encoder, ["a\U000f0002b", "a<tool>b", "<tool> é<tool><tool> b"]) == 2

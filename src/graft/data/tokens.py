@@ -16,17 +16,17 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from graft.data.encodings import Encoded, Placed, Whole
+from graft.data.spelling import PRIVATE, any_of
 from graft.data.word_encoder import WordEncoder
 from graft.errors import DataError
 
-_FIRST_CONTROL = 0xF0000
 _FIRST_QUOTED = 0x100000
 _SHORT = 64
 _MAX_SHORT = 4096
 _MAX_BEGINS = 8
-_WORTH_WORDS = 20
-"""Characters for each token of the vocabulary; the tokenizer reads so many while a `WordEncoder` is made."""
-_PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
+_WORTH = 20
+"""Characters for each token of the vocabulary: the tokenizer reads so many while a `WordEncoder` is made."""
+_PRIVATE = re.compile(f"[{chr(PRIVATE)}-\U0010ffff]")
 
 
 class Apart:
@@ -87,15 +87,15 @@ class TextEncoder:
         self.digest = hashlib.sha256(written.encode()).hexdigest()
         state = json.loads(written)
         controls = {token["content"]: token["id"] for token in state["added_tokens"] if token["special"]}
-        self._to_private = {text: chr(_FIRST_CONTROL + index) for index, text in enumerate(controls)}
+        self._to_private = {text: chr(PRIVATE + index) for index, text in enumerate(controls)}
         self._to_quoted = {text: chr(_FIRST_QUOTED + index) for index, text in enumerate(controls)}
         self._from_quoted = {ord(char): text for text, char in self._to_quoted.items()}
-        self._controls = _any_of(controls)
+        self._controls = any_of(controls)
         self._begins = _begins(controls)
         self._short: dict[str, Encoded] = {}
         self._copy = _renamed(state, self._to_private)
         self._words: WordEncoder | None = None
-        self._read, self._worth = 0, _WORTH_WORDS * self._copy.get_vocab_size()
+        self._read, self._worth = 0, _WORTH * self._copy.get_vocab_size()
         assert all(self._copy.token_to_id(self._to_private[text]) == id for text, id in controls.items())
         self.control_ids = frozenset(token["id"] for token in state["added_tokens"])
         self.bos_ids = _prefix_ids(tokenizer)
@@ -147,7 +147,10 @@ class TextEncoder:
         found.update(zip(new, self.encode(new), strict=True))
         if len(self._short) + len(new) > _MAX_SHORT:
             self._short.clear()
-        self._short.update((text, found[text]) for text in new if len(text) <= _SHORT)
+        # Places of their own: those that were found belong to the memory of a whole batch.
+        self._short.update(
+            (text, Placed(found[text].ids, list(found[text].starts))) for text in new if len(text) <= _SHORT
+        )
         return found
 
     def _apart(self, text: str, whole: Encoded, checks: Sequence[tuple[int, int, Encoded]]) -> Apart:
@@ -250,18 +253,6 @@ def _since_control(text: str, edges: Sequence[int]) -> list[tuple[int, int]]:
             near = [match.start() for match in _PRIVATE.finditer(text, 0, edge)]
         found.append((near[-1] if near else 0, edge))
     return found
-
-
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Any of the texts, the longest first; those with one begin share it, which the search then looks for."""
-    groups: dict[str, list[str]] = {}
-    for text in sorted((text for text in texts if text), key=len, reverse=True):
-        groups.setdefault(text[:2], []).append(text)
-    parts = [
-        re.escape(begin) + "(?:" + "|".join(re.escape(text[2:]) for text in group) + ")"
-        for begin, group in sorted(groups.items(), key=lambda each: -len(each[0]))
-    ]
-    return re.compile("|".join(parts) or r"(?!)")
 
 
 def _begins(texts: Iterable[str]) -> list[str]:

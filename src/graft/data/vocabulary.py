@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from graft.data.spelling import PRIVATE
 from graft.kernels.cpu.words import NUM_CHARACTERS, Kind, Marks, Pattern, Vocabulary
 
 _SHARED = (
@@ -33,7 +34,8 @@ PATTERNS = {_SHARED % "{1,3}": Pattern.LLAMA3, _SHARED % "": Pattern.QWEN2}
 MARK = "▁"
 """What stands for a space in vocabularies that were made by SentencePiece."""
 
-_PRIVATE = 0xF0000
+_READ = {"type", "vocab", "merges", "ignore_merges", "byte_fallback", "fuse_unk", "unk_token"}
+"""Fields of a model that may say something; of others, known or new, nobody here knows what they do."""
 _LIKE_S = (0x17F, 0xFB05, 0xFB06)
 """Without regard to case they may be read as the s of a contraction."""
 
@@ -45,36 +47,41 @@ def vocabulary_of(state: State) -> Vocabulary | None:
     """The vocabulary of a tokenizer; None where its tokens could be others than the kernel's.
 
     Args:
-        state: The tokenizer as `tokenizer.json` has it. Added tokens whose text is a single private character
-            are control tokens; texts with another one's text (`left_texts`) are not for the kernel.
+        state: The tokenizer as `Tokenizer.to_str` writes it. Added tokens that are a single private character
+            are control tokens; `stand_ins` names characters for the others.
 
     Cost: some tenths of a second for 100,000 merges; half a second more for the first tokenizer.
     """
-    model = state["model"]
-    affixes = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    if model["type"] != "BPE" or any(map(model.get, affixes)) or not _adds_plain_tokens(state):
+    model, around = state["model"], ("truncation", "padding", "post_processor")
+    ids = [*model["vocab"].values(), *(token["id"] for token in state["added_tokens"])]
+    known = model["type"] == "BPE" and not any(model[name] for name in model.keys() - _READ)
+    if not known or any(map(state.get, around)) or max(ids, default=0) >> 31 or not _adds_plain_tokens(state):
         return None
-    splits = state["pre_tokenizer"]
-    return (
-        _split_at_spaces(state)
-        if splits is None or splits["type"] == "Metaspace"
-        else _split_by_pattern(state)
-    )
+    if (state["pre_tokenizer"] or {"type": "Metaspace"})["type"] == "Metaspace":
+        return _split_at_spaces(state)
+    return _split_by_pattern(state)
 
 
-def left_texts(state: State) -> list[str]:
-    """Texts of added tokens that are no control tokens: they are found wherever they stand."""
-    return [token["content"] for token in state["added_tokens"] if not _is_control(token)]
+def stand_ins(state: State) -> dict[str, str]:
+    """For the text of each added token that is no control token: a character that stands for it."""
+    controls = [ord(token["content"]) for token in state["added_tokens"] if _is_control(token)]
+    first = max([*controls, PRIVATE - 1]) + 1
+    plain = [token["content"] for token in state["added_tokens"] if not _is_control(token)]
+    return {text: chr(first + number) for number, text in enumerate(plain)}
 
 
 def _is_control(token: State) -> bool:
-    return len(token["content"]) == 1 and ord(token["content"]) >= _PRIVATE
+    return len(token["content"]) == 1 and ord(token["content"]) >= PRIVATE
 
 
 def _adds_plain_tokens(state: State) -> bool:
-    """Whether added tokens are found by their text alone, before anything is changed in it."""
+    """Whether added tokens are found by their text alone, all at once, before anything is changed in it."""
     flags = ("lstrip", "rstrip", "single_word") + (("normalized",) if state["normalizer"] else ())
-    return not any(token[flag] or not token["content"] for token in state["added_tokens"] for flag in flags)
+    added = state["added_tokens"]
+    passes = {token["normalized"] for token in added if not _is_control(token)}
+    return len(passes) < 2 and not any(
+        token[flag] or not token["content"] for token in added for flag in flags
+    )
 
 
 def _steps(step: State | None, name: str) -> list[State]:
@@ -87,18 +94,18 @@ def _steps(step: State | None, name: str) -> list[State]:
 def _made(state: State, kinds: Kinds, **rest: Any) -> Vocabulary:
     vocab = state["model"]["vocab"]
     merges = [(vocab[left], vocab[right], vocab[left + right]) for left, right in _pairs(state)]
-    tokens = sorted(
-        (ord(token["content"]), token["id"]) for token in state["added_tokens"] if _is_control(token)
-    )
-    kinds[[code for code, _ in tokens]] = Kind.CONTROL
-    first = tokens[0][0] if tokens else 0
-    controls = np.zeros(tokens[-1][0] - first + 1 if tokens else 0, np.int32)
-    for code, id in tokens:
-        controls[code - first] = id
+    stands = stand_ins(state)
+    tokens = [(token["content"], token["id"]) for token in state["added_tokens"]]
+    codes = [ord(stands.get(text, text)) for text, _ in tokens]
+    first = min(codes, default=0)
+    controls = np.zeros((max(codes, default=-1) + 1 - first, 2), np.int32)
+    for code, (text, id) in zip(codes, tokens, strict=True):
+        kinds[code], controls[code - first] = Kind.CONTROL, (id, len(text))
     return Vocabulary(
         kinds=kinds,
         merges=np.asarray(merges, np.int32).reshape(-1, 3),
-        controls=controls,
+        controls=controls[:, 0],
+        widths=controls[:, 1],
         first_control=first,
         **rest,
     )
@@ -111,15 +118,17 @@ def _pairs(state: State) -> list[tuple[str, str]]:
 
 def _split_by_pattern(state: State) -> Vocabulary | None:
     model, normal = state["model"], _steps(state["normalizer"], "normalizers")
-    *firsts, last = _steps(state["pre_tokenizer"], "pretokenizers")
+    *firsts, last = _steps(state["pre_tokenizer"], "pretokenizers") or [{"type": "none"}]
     if (
         last["type"] != "ByteLevel"
         or last["add_prefix_space"]
+        or last.keys() - {"type", "add_prefix_space", "trim_offsets", "use_regex"}
         or any(step["type"] != "NFC" for step in normal)
     ):
         return None
     digits = {"type": "Digits", "individual_digits": True}
-    splits = firsts[1:] if firsts[:1] == [digits] else firsts
+    digits_alone = firsts[:1] == [digits]
+    splits = firsts[1:] if digits_alone else firsts
     if last.get("use_regex", True):
         pattern = None if splits else Pattern.GPT2
     else:
@@ -138,7 +147,7 @@ def _split_by_pattern(state: State) -> Vocabulary | None:
         pattern=pattern,
         byte_ids=np.asarray([model["vocab"][name] for name in names], np.int32),
         wholes=_wholes(model["vocab"], names) if model.get("ignore_merges") else {},
-        digits_alone=firsts[:1] == [digits],
+        digits_alone=digits_alone,
     )
 
 
@@ -164,7 +173,7 @@ def _kinds_of_patterns() -> Kinds:
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import Split
 
-    chars = [char for char in map(chr, range(_PRIVATE)) if unicodedata.category(char) not in ("Cn", "Cs")]
+    chars = [char for char in map(chr, range(PRIVATE)) if unicodedata.category(char) not in ("Cn", "Cs")]
     codes = np.fromiter(map(ord, chars), np.int64, len(chars))
     kinds = np.full(NUM_CHARACTERS, Kind.UNKNOWN, np.uint8)
     kinds[codes] = Kind.OTHER
@@ -179,7 +188,7 @@ def _kinds_of_patterns() -> Kinds:
 def _composing() -> list[int]:
     """Characters that take part in Unicode's canonical composition."""
     found = {*range(0x1161, 0x1176), *range(0x11A8, 0x11C3)}  # parts of Hangul syllables
-    for code in range(_PRIVATE):
+    for code in range(PRIVATE):
         char = chr(code)
         parts = unicodedata.decomposition(char).split()
         if unicodedata.combining(char) or not unicodedata.is_normalized("NFC", char):
@@ -193,13 +202,16 @@ def _split_at_spaces(state: State) -> Vocabulary | None:
     model, marks = state["model"], _marks(state)
     if marks is None or model.get("ignore_merges") or MARK not in model["vocab"]:
         return None
-    joined = {left + right for left, right in _pairs(state)}
+    pairs = _pairs(state)
+    joined = {left + right for left, right in pairs}
     if any(MARK in text.lstrip(MARK) for text in joined):
         return None
-    single = {ord(text): id for text, id in model["vocab"].items() if len(text) == 1 and ord(text) < _PRIVATE}
+    single = {ord(text): id for text, id in model["vocab"].items() if len(text) == 1 and ord(text) < PRIVATE}
     touched = {ord(char) for text in joined for char in text}
     kinds = np.full(NUM_CHARACTERS, Kind.ALONE, np.uint8)
     names = [f"<0x{byte:02X}>" for byte in range(256)]
+    if not {*names}.isdisjoint(half for pair in pairs for half in pair):
+        return None  # a character that is written in bytes may then be merged
     if not model.get("byte_fallback") or not all(name in model["vocab"] for name in names):
         names = []
         kinds[:] = Kind.UNKNOWN
@@ -207,7 +219,7 @@ def _split_at_spaces(state: State) -> Vocabulary | None:
     kinds[list(touched)] = Kind.OTHER
     kinds[ord(" ")] = Kind.OTHER
     kinds[ord(MARK)] = Kind.UNKNOWN  # the tokenizer takes it for a space
-    kinds[_PRIVATE:] = Kind.UNKNOWN
+    kinds[PRIVATE:] = Kind.UNKNOWN
     mark = single.pop(ord(MARK))
     return _made(
         state,

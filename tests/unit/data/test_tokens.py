@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from graft.data import tokens
 from graft.data.encodings import Placed, Whole
 from graft.data.masking import Encoder
 from graft.data.tokens import TextEncoder, private_character
@@ -154,3 +155,32 @@ def test_what_stands_around_texts_is_in_the_digest() -> None:
             )
         digests.add(Encoder(tokenizer).digest())
     assert len(digests) == 3
+
+
+def test_a_piece_that_is_a_control_token_joins_with_nothing() -> None:
+    encoder = TextEncoder(build("bpe"))
+    joins = {
+        piece: encoder.may_join(piece) for piece in ("</s>", "<|x|>", "|x|", "x|> a", "a <", "/", "plain")
+    }
+    assert joins == {
+        "</s>": False, "<|x|>": False, "|x|": True, "x|> a": True, "a <": True, "/": True, "plain": False
+    }  # fmt: skip
+
+
+def test_few_heads_are_remembered_and_none_holds_a_batch(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "_MAX_SHORT", 10)
+    monkeypatch.setattr(tokens, "_WORTH", 0)
+    encoder = TextEncoder(AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2"))
+    texts = [f"head {number}: and a body" for number in range(50)]
+    encoder.encode(texts)
+    apart = encoder.encode_apart([(text, [text.index(":")]) for text in texts])
+    assert [each.ids[: each.edges[text.index(":")]] for each, text in zip(apart, texts, strict=True)] == [
+        encoder.ids(text[: text.index(":")]) for text in texts
+    ]
+    encoder.encode_apart([("a: b", [1])])
+    assert len(encoder._short) <= 50
+    encoder.encode_apart([(f"{char}: b", [1]) for char in "bcdefghij"])
+    assert len(encoder._short) <= 10
+    assert all(type(found.starts) is list for found in encoder._short.values())

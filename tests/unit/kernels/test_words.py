@@ -59,7 +59,7 @@ def test_tokens_begin_where_their_first_character_does() -> None:
 
 
 def test_an_unread_text_has_no_tokens() -> None:
-    found = words(kinds=kinds(z=Kind.UNKNOWN)).read([b"ab", b"abz", b"c" * 5_000, b"a"])
+    found = words(kinds=kinds(z=Kind.UNKNOWN)).read([b"ab", b"abz", b"ab " + b"c" * 600, b"a"])
     assert found.done == [True, False, False, True]
     assert (found.ids.tolist(), found.ends) == ([A, B, A], [2, 2, 2, 3])
 
@@ -102,3 +102,23 @@ def test_a_word_is_another_one_where_it_has_a_mark() -> None:
 def test_no_texts() -> None:
     found = words().read([])
     assert (found.ids.tolist(), found.ends, found.done) == ([], [], [])
+
+
+def test_a_control_character_may_stand_for_several() -> None:
+    encoder = words(kinds=kinds(x=Kind.CONTROL), controls=[77], first_control=ord("x"), widths=[4])
+    found = encoder.read([b"axbx", b"ab"])
+    assert (found.ids.tolist(), found.starts.tolist()) == ([A, 77, B, 77, A, B], [0, 1, 5, 6, 0, 1])
+
+
+@pytest.mark.parametrize("text", [b"a\xf0", b"ab\xe3\x81", b"\xf7\xbf\xbf\xbf"])
+def test_what_is_no_text_is_not_read(text: bytes) -> None:
+    assert words().read([text]).done == [False]
+
+
+@pytest.mark.parametrize("pattern", Pattern)
+def test_kinds_that_fit_no_pattern_do_no_harm(pattern: Pattern) -> None:
+    """Each character of any kind: every text is read to its end, byte by byte."""
+    encoder = words(pattern=pattern, kinds=np.arange(NUM_CHARACTERS, dtype=np.uint8) % 4 + 3 * (pattern == 3))
+    text = bytes(range(32, 127)) * 2 + b" \n  \r a"
+    found = encoder.read([text])
+    assert not found.done[0] or found.ids.tolist() == list(text)

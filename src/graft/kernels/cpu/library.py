@@ -113,7 +113,10 @@ class Vocabulary(ctypes.Structure):
     """GraftVocabulary in source/graft.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("kinds", "controls", "bytes", "characters", "merges")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("kinds", "controls", "widths", "bytes", "characters", "merges")
+        ),
         *((name, ctypes.c_void_p) for name in ("wholes", "whole_ends", "whole_ids")),
         *((f"num_{name}", ctypes.c_int64) for name in ("controls", "characters", "merges", "wholes")),
         *((name, ctypes.c_int32) for name in ("first_control", "pattern", "digits_alone", "mark", "marks")),

@@ -100,6 +100,7 @@ struct GraftLoss {
 struct GraftVocabulary {
   const uint8_t* kinds;       // (0x110000,) of characters
   const int32_t* controls;    // (num_controls,) ids of the characters that are control tokens
+  const int32_t* widths;      // (num_controls,) characters of the text that each stands for
   const int32_t* bytes;       // (256,) ids of single bytes
   const int32_t* characters;  // (num_characters, 2) characters and their ids, which come before their bytes
   const int32_t* merges;      // (num_merges, 3) left, right and result; the first learned first

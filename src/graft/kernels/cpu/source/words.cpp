@@ -20,14 +20,15 @@ namespace {
 // Alone: a character that no merge touches, without a pre-tokenizer. Unknown: texts with it are left.
 enum Kind : uint8_t { kOther, kLetter, kNumber, kSpace, kControl, kUnknown, kAlone };
 enum Pattern : int32_t { kGpt2, kLlama3, kQwen2, kSpaces };
-// Before which sections a mark is put: all, all but those that begin with a space, of those the text's first.
+// Before which sections a mark is put: all; all that do not begin with a space; such a one that begins the text.
 enum Marks : int32_t { kNone, kAll, kNotSpaces, kBegin };
 
 constexpr size_t kRemembered = 64;       // bytes of a word that is worth remembering
-constexpr size_t kLongest = 1 << 12;     // bytes of a word; texts with longer ones are left: merging is quadratic
+constexpr size_t kLongest = 512;         // bytes of a word; texts with longer ones are left: merging is quadratic
 constexpr size_t kGeneration = 1 << 16;  // words that are remembered before the older half is forgotten
 constexpr size_t kSlots = kGeneration * 2;
 constexpr uint32_t kNoRank = ~0u;
+constexpr uint32_t kNumCharacters = 0x110000;
 
 struct Word {
   uint64_t hash;
@@ -82,15 +83,17 @@ struct Characters {
   std::vector<uint32_t> codes, bytes;
   std::vector<uint8_t> kinds;
 
-  // Valid UTF-8, as Python makes it. False where a character is unknown.
+  // UTF-8, as Python makes it. False where a character is unknown.
   bool decode(const uint8_t* text, size_t size, const uint8_t* kind_of) {
     codes.resize(size), bytes.resize(size + 1), kinds.resize(size);
     size_t count = 0;
     for (size_t i = 0; i < size; count++) {
       const uint32_t first = text[i];
       const size_t length = first < 0x80 ? 1 : first < 0xe0 ? 2 : first < 0xf0 ? 3 : 4;
+      if (i + length > size) return false;
       uint32_t code = length == 1 ? first : first & (0xffu >> (length + 1));
       for (size_t k = 1; k < length; k++) code = code << 6 | (text[i + k] & 0x3f);
+      if (code >= kNumCharacters) return false;
       codes[count] = code, bytes[count] = uint32_t(i), kinds[count] = kind_of[code];
       if (kinds[count] == kUnknown) return false;
       i += length;
@@ -167,20 +170,13 @@ struct Splitter {
   }
 
   size_t next(size_t i, size_t end, int32_t pattern) const {
-    switch (pattern) {
-      case kGpt2: return gpt2(i, end);
-      case kLlama3: return llama3(i, end, 3);
-      case kQwen2: return llama3(i, end, 1);
-      default: return spaces(i, end);
-    }
+    const size_t after = pattern == kGpt2     ? gpt2(i, end)
+                         : pattern == kLlama3 ? llama3(i, end, 3)
+                         : pattern == kQwen2  ? llama3(i, end, 1)
+                                              : spaces(i, end);
+    return after > i ? after : i + 1;  // whatever kinds the caller tells
   }
 };
-
-}  // namespace
-}  // namespace graft
-
-namespace graft {
-namespace {
 
 struct Symbol {
   int32_t id, start;
@@ -265,8 +261,9 @@ class Vocabulary {
 struct GraftWords {
   explicit GraftWords(const GraftVocabulary& of)
       : vocabulary(of),
-        kinds(of.kinds, of.kinds + 0x110000),
+        kinds(of.kinds, of.kinds + graft::kNumCharacters),
         controls(of.controls, of.controls + of.num_controls),
+        widths(of.widths, of.widths + of.num_controls),
         first_control(uint32_t(of.first_control)),
         pattern(of.pattern),
         marks(of.marks),
@@ -274,7 +271,7 @@ struct GraftWords {
 
   const graft::Vocabulary vocabulary;
   const std::vector<uint8_t> kinds;
-  const std::vector<int32_t> controls;
+  const std::vector<int32_t> controls, widths;
   const uint32_t first_control;
   const int32_t pattern, marks;
   const bool digits_alone;
@@ -306,8 +303,9 @@ struct GraftWords {
       *num_ids = uint32_t(numbers.size() / 2);
       if (!remember) return numbers.data();
       if (young.size() >= graft::kGeneration) {
+        graft::Generation fresh;  // before anything is moved: it may find no memory
         old = std::move(young);
-        young = graft::Generation();
+        young = std::move(fresh);
       }
       word = young.add(key, size, marked, hash, numbers.data(), *num_ids);
     }
@@ -347,10 +345,13 @@ class Reading {
   bool read(const uint8_t* text, size_t size) {
     Characters& of = words_.characters;
     if (!of.decode(text, size, words_.kinds.data())) return false;
+    longer_ = 0;
     for (size_t i = 0, section; i < of.kinds.size(); i = section) {
       if (of.kinds[i] == kControl) {
-        const int32_t id = words_.controls[of.codes[i] - words_.first_control], start = 0;
+        const uint32_t control = of.codes[i] - words_.first_control;
+        const int32_t id = words_.controls[control], start = 0;
         if (!write(&id, &start, 1, i)) return false;
+        longer_ += words_.widths[control] - 1;
         section = i + 1;
       } else {
         section = words_.section_end(i);
@@ -378,7 +379,7 @@ class Reading {
   bool write(const int32_t* ids, const int32_t* starts, uint32_t count, size_t origin) {
     if (written_ + count > call_.capacity) return false;
     memcpy(call_.ids + written_, ids, count * sizeof(int32_t));
-    for (uint32_t k = 0; k < count; k++) call_.starts[written_ + k] = starts[k] + int32_t(origin);
+    for (uint32_t k = 0; k < count; k++) call_.starts[written_ + k] = starts[k] + int32_t(origin) + longer_;
     written_ += count;
     return true;
   }
@@ -386,6 +387,7 @@ class Reading {
   GraftWords& words_;
   const GraftTexts& call_;
   int64_t written_ = 0;
+  int32_t longer_ = 0;  // characters that the control tokens so far stand for, beyond one each
 };
 
 }  // namespace
