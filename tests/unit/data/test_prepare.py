@@ -7,10 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from graft.data import splits
 from graft.data.config import DataConfig
-from graft.data.masking import IGNORED, Encoder
+from graft.data.masking import IGNORED, Encoder, Sample
 from graft.data.prepare import Dataset, make_encoder, prepare, render_preview
 from graft.data.report import shorten_sample, show_sample
 from graft.data.splits import prepare_splits, split_eval
@@ -265,3 +267,15 @@ def test_a_shown_sample_is_shortened_so_that_what_is_learned_stays() -> None:
     assert short.endswith("<end>⟧⏎again⟦ second<end>⟧")
     assert shorten_sample("a\n⟦ b⟧") == "a⏎⟦ b⟧"
     assert len(shorten_sample("a⟦b⟧" * 1000)) == 600
+
+
+def test_equal_halves_of_a_digest_are_no_overlap(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the evaluation samples one shares 64 bits of its digest with a training sample, one all 128."""
+    keys = {1: [(5, 6), (7, 8)], 2: [(5, 9), (7, 8), (4, 6)]}
+
+    def figures(given: list[Any], control_ids: Any) -> Any:
+        return np.array([(key,) for key in keys[len(given)]], dtype=[("key", np.uint64, 2)])
+
+    monkeypatch.setattr(splits, "figures_of", figures)
+    train, held_out = [Sample([1], [1])], [Sample([1], [1])] * 2
+    assert splits.count_overlap(train, held_out, Encoder(tokenizer)) == 1
