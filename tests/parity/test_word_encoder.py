@@ -198,6 +198,7 @@ def test_any_text_becomes_what_the_tokenizer_makes_of_it(name: str, shared: Path
         compare(tokenizer, encoder, texts)
 
     holds()
+    compare(tokenizer, encoder, [f"a{odd}b {odd}" for odd in ODD])
     assert (
         compare(
             tokenizer, encoder, ["Hello world's  end. 12 times, I'LLsay 'Sa", " a\U000f0000 b\U000f0001c"]
