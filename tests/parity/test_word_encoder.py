@@ -302,3 +302,15 @@ def test_a_character_that_stands_for_an_added_token_is_none_itself(shared: Path)
     tokenizer = by_bytes(shared, GPT2, plain=TOOL)
     encoder = WordEncoder(tokenizer)
     assert compare(tokenizer, encoder, ["a\U000f0002b", "a<tool>b", "<tool> é<tool><tool> b"]) == 2
+
+
+@pytest.mark.parametrize("pattern", [LLAMA3, QWEN2])
+def test_a_long_s_is_an_s_where_case_does_not_count(pattern: str) -> None:
+    """As the end of a contraction it is not merged with what follows; its two bytes are "Å" and "¿"."""
+    names = [*ByteLevel.alphabet(), "Å¿", "Å¿a"]
+    vocab = {name: id for id, name in enumerate(sorted(names))}
+    tokenizer = Tokenizer(models.BPE(vocab, [("Å", "¿"), ("Å¿", "a")]))
+    tokenizer.pre_tokenizer = Sequence([split(pattern), BYTES])
+    encoder = WordEncoder(tokenizer)
+    assert compare(tokenizer, encoder, ["x'ſa", "xſa", "it's"]) == 1
+    assert tokenizer.encode("x'ſa").tokens[-1] == "a"
