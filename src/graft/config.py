@@ -51,7 +51,7 @@ class Settings:
 
         A name in `ALIASES` is understood alone or inside a section ("adapter.lora_alpha").
         """
-        if isinstance(value, datetime.date):  # what YAML makes of 2026-11-30; no field is anything but text
+        if isinstance(value, datetime.date):  # what YAML makes of 2026-11-30; fields have it as text
             value = value.isoformat()
         leaf = path.rsplit(".", 1)[-1]
         if leaf in SWITCHES and _as_bool(value) is not None:

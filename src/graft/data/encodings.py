@@ -79,3 +79,9 @@ class Whole:
                 count: int = token
                 return count
         return bisect_left(self.starts, place)
+
+
+def wholes(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
+    """What a tokenizer itself makes of texts, nothing added around them."""
+    encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return [Whole(encoding, len(text)) for encoding, text in zip(encodings, texts, strict=True)]

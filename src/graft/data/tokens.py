@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from graft.data.encodings import Encoded, Placed, Whole
+from graft.data.encodings import Encoded, Placed, wholes
 from graft.data.spelling import PRIVATE, any_of
 from graft.data.word_encoder import WordEncoder
 from graft.errors import DataError
@@ -108,15 +108,14 @@ class TextEncoder:
         if self._words is not None:
             return self._words.encode(texts)
         self._read += sum(map(len, texts))
-        encodings = self._copy.encode_batch(list(texts), add_special_tokens=False)
-        return [Whole(encoding, len(text)) for encoding, text in zip(encodings, texts, strict=True)]
+        return wholes(self._copy, texts)
 
     def ids(self, text: str) -> list[int]:
         """The ids of one text."""
         return self.encode([text])[0].ids
 
     def encode_apart(
-        self, texts: Sequence[tuple[str, Sequence[int]]], wholes: Sequence[Encoded] | None = None
+        self, texts: Sequence[tuple[str, Sequence[int]]], encoded: Sequence[Encoded] | None = None
     ) -> list[Apart]:
         """Encode texts such that what stands before each edge has the ids it would have alone.
 
@@ -126,10 +125,9 @@ class TextEncoder:
 
         Args:
             texts: Each with its edges, ascending places in it.
-            wholes: What `encode` gave for them, where it is known.
+            encoded: What `encode` gave for them, where it is known.
         """
-        if wholes is None:
-            wholes = self.encode([text for text, _ in texts])
+        encoded = self.encode([text for text, _ in texts]) if encoded is None else encoded
         # What stands before a control token has no say in the ids after it, so checking from there is enough.
         spans = [_since_control(text, edges) for text, edges in texts]
         parts = self._parts_of(
@@ -137,7 +135,7 @@ class TextEncoder:
         )
         return [
             self._apart(text, whole, [(a, b, parts[text[a:b]]) for a, b in pairs])
-            for (text, _), whole, pairs in zip(texts, wholes, spans, strict=True)
+            for (text, _), whole, pairs in zip(texts, encoded, spans, strict=True)
         ]
 
     def _parts_of(self, texts: set[str]) -> dict[str, Encoded]:

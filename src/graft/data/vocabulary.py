@@ -57,9 +57,13 @@ def vocabulary_of(state: State) -> Vocabulary | None:
     known = model["type"] == "BPE" and not any(model[name] for name in model.keys() - _READ)
     if not known or any(map(state.get, around)) or max(ids, default=0) >> 31 or not _adds_plain_tokens(state):
         return None
-    if (state["pre_tokenizer"] or {"type": "Metaspace"})["type"] == "Metaspace":
-        return _split_at_spaces(state)
-    return _split_by_pattern(state)
+    return _split_by_pattern(state) if splits_words(state) else _split_at_spaces(state)
+
+
+def splits_words(state: State) -> bool:
+    """Whether a tokenizer splits texts before it merges; without that a word is a whole text."""
+    splits = state["pre_tokenizer"]
+    return splits is not None and (splits["type"] != "Metaspace" or splits["split"])
 
 
 def stand_ins(state: State) -> dict[str, str]:
@@ -237,7 +241,7 @@ def _marks(state: State) -> Marks | None:
     normal, splits = _steps(state["normalizer"], "normalizers"), state["pre_tokenizer"]
     if splits is not None:
         schemes = {"never": Marks.NONE, "always": Marks.NOT_SPACES, "first": Marks.BEGIN}
-        plain = not normal and splits["replacement"] == MARK and not splits["split"]
+        plain = not normal and splits["replacement"] == MARK
         return schemes.get(splits["prepend_scheme"]) if plain else None
     replaces = {"type": "Replace", "pattern": {"String": " "}, "content": MARK}
     if normal == [replaces]:

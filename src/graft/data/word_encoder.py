@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from graft.data.encodings import Encoded, Placed, Whole
+from graft.data.encodings import Encoded, Placed, wholes
 from graft.data.spelling import any_of
-from graft.data.vocabulary import stand_ins, vocabulary_of
+from graft.data.vocabulary import splits_words, stand_ins, vocabulary_of
 from graft.kernels.cpu import library
 from graft.kernels.cpu.words import Words
 
@@ -41,8 +41,7 @@ class WordEncoder:
         vocabulary = None if library.problem() else vocabulary_of(state)
         self._words = None if vocabulary is None else Words(vocabulary)
         if self._words is None and hasattr(tokenizer.model, "_resize_cache"):
-            splits = (state["pre_tokenizer"] or {"type": "Metaspace"})["type"] != "Metaspace"
-            tokenizer.model._resize_cache(_CACHED_WORDS if splits else 0)
+            tokenizer.model._resize_cache(_CACHED_WORDS if splits_words(state) else 0)
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Encode many texts, nothing added around them."""
@@ -51,9 +50,9 @@ class WordEncoder:
             self._read(self._words, texts, found)
         rest = [index for index, encoded in enumerate(found) if encoded is None]
         if rest:
-            wholes = self._tokenizer.encode_batch([texts[index] for index in rest], add_special_tokens=False)
-            for index, encoding in zip(rest, wholes, strict=True):
-                found[index] = Whole(encoding, len(texts[index]))
+            read = wholes(self._tokenizer, [texts[index] for index in rest])
+            for index, encoded in zip(rest, read, strict=True):
+                found[index] = encoded
         return found
 
     def _read(self, words: Words, texts: Sequence[str], found: list[Any]) -> None:

@@ -133,6 +133,16 @@ def test_only_a_tokenizer_that_splits_words_remembers_many(
     assert asked == [size]
 
 
+@pytest.mark.parametrize("split", [True, False])
+def test_a_split_at_marks_makes_words(split: bool) -> None:
+    asked: list[int] = []
+    real = Tokenizer(models.BPE())
+    real.pre_tokenizer = pre_tokenizers.Metaspace(split=split)
+    fake = SimpleNamespace(model=SimpleNamespace(_resize_cache=asked.append), to_str=real.to_str)
+    WordEncoder(fake)
+    assert asked == [100_000 if split else 0]
+
+
 def test_the_word_encoder_is_made_once_it_pays(shared: Path) -> None:
     encoder = TextEncoder(AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2"))
     text = "some words of a text that is read again and again. " * 2_000
